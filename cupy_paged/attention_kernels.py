@@ -1,0 +1,209 @@
+"""How an attention problem is cut into thread blocks: the sizes that its kernels are compiled for.
+
+Every size here follows from the shape of one head's problem and from nothing of the batch. That is
+what makes a sequence's result independent of its company.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from cupy_paged.compiler import Kernel, cpp, template
+from cupy_paged.dtypes import itemsize
+from cupy_paged.launch import ParamStruct
+
+PARTITION_SIZE = 512
+"""Tokens that one thread block sums up on its own, unless the caller's scratch says otherwise."""
+
+NUM_THREADS = 128
+MAX_STAGE_BYTES = 32 * 1024  # of keys and values in flight at once
+MAX_QUERY_FLOATS = 4096  # query channels that a thread block keeps
+HEADS_PER_THREAD = 8
+
+MMA_WARPS = 4
+MMA_MAX_STAGES = 6
+RESERVED_BYTES = 1024  # of shared memory, by the system, for each thread block
+
+PARAMS = ParamStruct(
+    "AttentionParams",
+    """
+    pointer  out lse tmp_out exp_sums max_logits query key_cache value_cache block_tables seq_lens
+    pointer  alibi_slopes k_scale_array v_scale_array
+    int64    query_stride_seq query_stride_head out_stride_seq out_stride_head
+    int64    key_strides.block key_strides.head key_strides.token
+    int64    value_strides.block value_strides.head value_strides.token block_tables_stride
+    int      num_seqs num_heads num_kv_heads partition_size max_partitions max_seq_len
+    float    scale k_scale v_scale
+    int      sparse_local_blocks sparse_vert_stride sparse_block_size sparse_head_sliding_step
+    int      tp_rank
+    """,
+)
+
+
+class HeadProblem(NamedTuple):
+    """Attention of one group of query heads over one KV head: all that a kernel is compiled for."""
+
+    query_dtype: str
+    cache_dtype: str
+    layout: str
+    head_size: int
+    block_size: int
+    group_size: int  # query heads per KV head
+    key_alignment: int  # bytes
+    value_alignment: int
+    has_alibi: bool
+    is_block_sparse: bool
+
+
+class Plan(NamedTuple):
+    """A kernel, and how many of its thread blocks share a KV head."""
+
+    kernel: Kernel
+    tiles_per_group: int
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@functools.lru_cache(maxsize=1024)
+def attention_plan(
+    problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: str | None
+) -> Plan:
+    """The attention kernel for a problem, on a chip.
+
+    sm               compute capability, times ten
+    shared_limit     bytes of shared memory that a thread block can have
+    scratch_dtype    dtype of tmp_out; None where each sequence is one partition and goes
+                     straight to the output
+    """
+    if scratch_dtype is None:
+        sink = template("ToOutput", cpp(problem.query_dtype))
+    else:
+        sink = template("ToPartitions", cpp(scratch_dtype))
+    on_tensor_cores = sm >= 80 and _mma_plan(problem, sm, shared_limit, sink)
+    return on_tensor_cores or _cuda_core_plan(problem, shared_limit, sink)
+
+
+def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, sink: str) -> Plan | None:
+    """A kernel of paged_attention_mma.cu; None for what it does not do.
+
+    Its products are of 16-bit operands and its copies of 16 bytes, and matrix instructions cannot
+    leave out a token for one head alone, which block-sparse attention asks for.
+    """
+    size = itemsize(problem.cache_dtype)
+    head_size = problem.head_size
+    by_channel = problem.layout == "vllm"
+    if (
+        problem.query_dtype == "float32"
+        or problem.is_block_sparse
+        or head_size % (32 if size == 1 else 16)
+        or head_size > 256
+        or min(problem.key_alignment, problem.value_alignment) < 16
+        or (by_channel and problem.block_size * size % 16)
+    ):
+        return None
+    group = 8 if problem.group_size <= 8 or head_size > 128 else 16
+
+    # The same sizes as in kernels/warp_tiles.cuh and kernels/paged_attention_mma.cu.
+    padded_row = (head_size * size // 16 | 1) * 16
+    key_bytes = value_bytes = 16 * (head_size * size if by_channel else padded_row)
+    stage_bytes = MMA_WARPS * (key_bytes + value_bytes)
+    join_bytes = (MMA_WARPS // 2 * (head_size + 4) + 2 * MMA_WARPS) * group * 4
+    join_bytes += MMA_WARPS * MMA_MAX_STAGES * 8  # barriers
+    join_bytes += MMA_WARPS * MMA_MAX_STAGES * 8  # barriers
+
+    # Two thread blocks an SM hide each other's pauses, if each still has three stages.
+    for blocks, fewest in ((2, 3), (1, 2)):
+        room = (shared_limit + RESERVED_BYTES) // blocks - RESERVED_BYTES - join_bytes
+        stages = min(room // stage_bytes, MMA_MAX_STAGES)
+        if stages >= fewest:
+            break
+    else:
+        return None
+    shared_bytes = _up(stages * stage_bytes + join_bytes, 16)
+    name = template(
+        "paged_attention_mma",
+        cpp(problem.query_dtype),
+        cpp(problem.cache_dtype),
+        cpp("Vllm" if by_channel else "Rows"),
+        head_size,
+        problem.block_size,
+        group,
+        MMA_WARPS,
+        stages,
+        "true" if sm >= 90 and by_channel and problem.block_size == 16 else "false",
+        shared_bytes,
+        cpp("Alibi" if problem.has_alibi else "NoBias"),
+        sink,
+    )
+    kernel = Kernel("paged_attention_mma.cu", name, 32 * MMA_WARPS, shared_bytes)
+    return Plan(kernel, -(-problem.group_size // group))
+
+
+def _cuda_core_plan(problem: HeadProblem, shared_limit: int, sink: str) -> Plan:
+    """A kernel of paged_attention.cu, which does everything."""
+    size = itemsize(problem.cache_dtype)
+    head_size, block_size = problem.head_size, problem.block_size
+    by_channel = problem.layout == "vllm"
+
+    # Tokens of a tile: a warp's worth, fewer where rows are long.
+    tile = 32
+    while tile > 8 and 2 * tile * head_size * size > MAX_STAGE_BYTES:
+        tile //= 2
+
+    # Query heads of a thread block: the whole group, or an even share of it. The same cuts as in
+    # kernels/paged_attention.cu.
+    channels = 4 if by_channel else min(16 // size, 8)
+    tokens = min(16 // size, 8) if by_channel else 1
+    slots = NUM_THREADS // (head_size // channels)
+    most_heads = min(HEADS_PER_THREAD * slots, max(MAX_QUERY_FLOATS // head_size, 1), 64)
+    tiles_per_group = -(-problem.group_size // most_heads)
+    group = -(-problem.group_size // tiles_per_group)
+    head_slots = -(-group // HEADS_PER_THREAD)
+    token_slots = min(slots // head_slots, tile // tokens)
+
+    chunk_bytes = 16 if head_size * size % 16 == 0 else 8
+    key_bytes = head_size * size // chunk_bytes * (tile + 2) * chunk_bytes
+    value_bytes = head_size * (tile * size + 16) if by_channel else tile * head_size * size
+    stage_bytes = _up(key_bytes, 16) + _up(value_bytes, 16)
+    partial_bytes = token_slots * group * head_size * 4
+    blocks_per_tile = (tile + block_size - 2) // block_size + 1
+    state_bytes = group * (head_size + tile + 3) * 4 + 2 * blocks_per_tile * 4
+
+    def shared_bytes(stages: int) -> int:
+        return _up(max(stages * stage_bytes, partial_bytes) + state_bytes + 16, 16)
+
+    stages = 2 if shared_bytes(2) <= shared_limit else 1
+    key_copy = min(problem.key_alignment, chunk_bytes)
+    value_copy = min(problem.value_alignment, 16)
+    name = template(
+        "paged_attention",
+        cpp(problem.query_dtype),
+        cpp(problem.cache_dtype),
+        cpp("Vllm" if by_channel else "Rows"),
+        head_size,
+        block_size,
+        group,
+        tile,
+        stages,
+        NUM_THREADS,
+        key_copy,
+        value_copy,
+        shared_bytes(stages),
+        cpp("BlockSparse" if problem.is_block_sparse else "Dense"),
+        cpp("Alibi" if problem.has_alibi else "NoBias"),
+        sink,
+    )
+    kernel = Kernel("paged_attention.cu", name, NUM_THREADS, shared_bytes(stages))
+    return Plan(kernel, tiles_per_group)
+
+
+@functools.lru_cache(maxsize=256)
+def combine_kernel(query_dtype: str, scratch_dtype: str, head_size: int) -> Kernel:
+    """The kernel that joins partitions."""
+    name = template(
+        "combine_partitions", cpp(query_dtype), cpp(scratch_dtype), head_size, NUM_THREADS
+    )
+    return Kernel("combine_partitions.cu", name, NUM_THREADS)

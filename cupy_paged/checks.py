@@ -1,0 +1,152 @@
+"""Checks of arguments, before any launch. An error names the argument, what it got and needs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from cupy_paged.arrays import HOST, Array, array, is_array
+from cupy_paged.dtypes import itemsize
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def is_shape(a: Array, expected: tuple[int, ...], meaning: str) -> None:
+    """Raises ValueError unless `a` has the shape; `meaning` spells it, such as "[num_seqs]"."""
+    if a.shape != expected:
+        raise ValueError(f"{a.name}: shape {a.shape}, needs {meaning} = {expected}")
+
+
+def has_dims(a: Array, meaning: str) -> None:
+    """Raises ValueError unless `a` has as many dimensions as `meaning` spells."""
+    dims = meaning.count(",") + 1
+    if len(a.shape) != dims:
+        raise ValueError(
+            f"{a.name}: shape {a.shape} has {len(a.shape)} dimensions, needs {meaning}"
+        )
+
+
+def is_dtype(a: Array, *allowed: str) -> None:
+    """Raises TypeError unless `a` has one of the dtypes."""
+    if a.dtype not in allowed:
+        raise TypeError(f"{a.name}: dtype {a.dtype}, needs {' or '.join(allowed)}")
+
+
+def is_packed(a: Array, first_dim: int = 0) -> None:
+    """Raises ValueError unless the dimensions from `first_dim` on are C-contiguous."""
+    if not a.is_packed(first_dim):
+        which = "" if first_dim == 0 else f" in its dimensions from {first_dim} on"
+        raise ValueError(
+            f"{a.name}: strides {a.strides} of shape {a.shape}, needs to be contiguous{which}"
+        )
+
+
+def is_writable(a: Array, instead: str) -> None:
+    """Raises unless `a` may be written and no two of its elements share memory.
+
+    instead    what to do with an immutable JAX array
+    """
+    if a.framework == "jax":
+        raise TypeError(f"{a.name}: is a jax.Array, which is immutable; {instead}")
+    if not a.writable:
+        raise ValueError(f"{a.name}: is read-only, needs a writable array")
+    if 0 in a.shape:
+        return
+    extent = 0  # of the dimensions so far, from the innermost, in elements
+    for stride, size in sorted(zip(a.strides, a.shape, strict=True)):
+        if size > 1:
+            if stride <= extent:
+                raise ValueError(
+                    f"{a.name}: strides {a.strides} of shape {a.shape} make elements share memory "
+                    "or run backwards, needs separate elements"
+                )
+            extent += (size - 1) * stride
+
+
+def is_aligned(a: Array, elements: int) -> None:
+    """Raises ValueError unless the array's address is a multiple of so many elements."""
+    needed = elements * itemsize(a.dtype)
+    if a.pointer % needed:
+        raise ValueError(f"{a.name}: address {a.pointer:#x}, needs a multiple of {needed} bytes")
+
+
+def are_apart(arrays: list[Array]) -> None:
+    """Raises ValueError if two of the arrays, which are all to be written, share memory."""
+
+    def end(a: Array) -> int:
+        reach = sum((n - 1) * stride for n, stride in zip(a.shape, a.strides, strict=True))
+        return a.pointer + (reach + 1) * itemsize(a.dtype)
+
+    ordered = sorted((a for a in arrays if 0 not in a.shape), key=lambda a: a.pointer)
+    for first, second in itertools.pairwise(ordered):
+        if second.pointer < end(first):
+            raise ValueError(f"{second.name}: shares memory with {first.name}, needs its own")
+
+
+def runs_forward(a: Array) -> None:
+    """Raises ValueError for negative strides."""
+    if any(stride < 0 for stride in a.strides):
+        raise ValueError(
+            f"{a.name}: negative strides {a.strides}, needs an array that runs forward"
+        )
+
+
+def same_place(arrays: list[Array], leader: Array) -> None:
+    """Raises ValueError unless all arrays are where `leader` is."""
+    for a in arrays:
+        if a.device != leader.device:
+            raise ValueError(f"{a.name}: is on {a.place}, but {leader.name} is on {leader.place}")
+
+
+def _spelled(value: Any) -> str:
+    """A value for a message: arrays by their type alone, whose contents may be on a device."""
+    return (
+        repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+    )
+
+
+def is_int(value: Any, name: str, at_least: int = -(2**31), at_most: int = 2**31 - 1) -> int:
+    """The value as an int; raises TypeError for anything else, ValueError out of bounds."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {_spelled(value)}, needs an int")
+    if not at_least <= value <= at_most:
+        bound = f"at least {at_least}" if value < at_least else f"at most {at_most}"
+        raise ValueError(f"{name}: got {value}, needs {bound}")
+    return int(value)
+
+
+def is_finite(value: Any, name: str) -> float:
+    """The value as a float; raises TypeError for no number, ValueError beyond float32's range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {_spelled(value)}, needs a number")
+    if not abs(value) <= FLOAT32_MAX:
+        raise ValueError(f"{name}: got {value}, needs a finite float32")
+    return float(value)
+
+
+def scale(x: Any, name: str, stream: int) -> float | Array:
+    """A quantisation scale: a positive number, or a one-element float32 array.
+
+    What an array on a device holds is not looked into. Raises ValueError or TypeError.
+    """
+    value = x
+    if is_array(x):
+        value = read = array(x, name, stream)
+        is_dtype(read, "float32")
+        if math.prod(read.shape) != 1:
+            raise ValueError(f"{name}: shape {read.shape}, needs one element")
+        if read.device is not HOST:
+            return read
+        value = host_scale(read)
+    if np.float32(is_finite(value, name)) <= 0:
+        raise ValueError(f"{name}: got {value}, needs a positive float32")
+    return read if is_array(x) else value
+
+
+def host_scale(scale: float | Array) -> float:
+    """The number that a scale on the host is."""
+    return scale.bits.item() if isinstance(scale, Array) else float(scale)

@@ -1,0 +1,123 @@
+"""CuPy, imported when a GPU array first needs it, and the few CUDA facts that others ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+INSTALL_HINT = 'pip install "cupy-paged[cuda12]" (or [cuda13], after your driver)'
+
+
+@functools.cache
+def cupy() -> ModuleType:
+    """The CuPy module.
+
+    Raises ImportError, with the command that mends it, if CuPy is missing or too old, or cannot
+    start: it makes its cache directory at import, so an unusable home directory is enough.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(f"GPU arrays need CuPy 14.2 or newer: {INSTALL_HINT}") from error
+    except OSError as error:
+        raise ImportError(
+            f"CuPy cannot create its kernel cache ({error}): "
+            "set CUPY_CACHE_DIR to a writable directory"
+        ) from error
+    if tuple(int(part) for part in cupy.__version__.split(".")[:2]) < (14, 2):
+        raise ImportError(
+            f"CuPy {cupy.__version__} does not keep compiled kernels, "
+            f"14.2 or newer does: {INSTALL_HINT}"
+        )
+    return cupy
+
+
+# ---- devices ----
+
+
+class DeviceLimits(NamedTuple):
+    """What kernels are fitted to."""
+
+    sm: int  # compute capability, times ten
+    shared_bytes: int  # shared memory that one thread block can have
+    num_multiprocessors: int
+
+
+def emulated_sm() -> int | None:
+    """The older chip whose code is to run, from CUPY_PAGED_EMULATE_SM; a means of testing."""
+    value = os.environ.get("CUPY_PAGED_EMULATE_SM")
+    return int(value) if value else None
+
+
+def shared_bytes_of(sm: int) -> int:
+    """Shared memory that one thread block can have, in bytes, by compute capability.
+
+    Source: CUDA C++ Programming Guide, technical specifications per compute capability.
+    """
+    by_sm = {70: 96, 72: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227}
+    return by_sm.get(sm, 99) * 1024
+
+
+@functools.cache
+def device_limits(device: int, sm: int | None = None) -> DeviceLimits:
+    """Limits of a CUDA device, or of compute capability `sm` on it where that is given."""
+    attributes = cupy().cuda.Device(device).attributes
+    shared_bytes = attributes["MaxSharedMemoryPerBlockOptin"]
+    own_sm = int(cupy().cuda.Device(device).compute_capability)
+    if sm is not None:
+        shared_bytes = min(shared_bytes, shared_bytes_of(sm))
+    return DeviceLimits(sm or own_sm, shared_bytes, attributes["MultiProcessorCount"])
+
+
+def device_of_pointer(pointer: int) -> int:
+    """The CUDA device that holds an address."""
+    return cupy().cuda.runtime.pointerGetAttributes(pointer).device
+
+
+# ---- streams, by pointer ----
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a CUDA graph is being captured from the stream."""
+    return bool(cupy().cuda.runtime.streamIsCapturing(stream))
+
+
+def record(stream: int) -> Any:
+    """An event after the work that `stream` has been given so far."""
+    event = cupy().cuda.Event(disable_timing=True)
+    cupy().cuda.runtime.eventRecord(event.ptr, stream)
+    return event
+
+
+def wait(stream: int, other: int) -> None:
+    """Lets later work of `stream` wait for the work that `other` has been given so far."""
+    cupy().cuda.runtime.streamWaitEvent(stream, record(other).ptr)
+
+
+@contextlib.contextmanager
+def using(device: int, stream: int) -> Iterator[None]:
+    """Makes a device and a stream the current ones of CuPy."""
+    with cupy().cuda.Device(device):
+        if cupy().cuda.get_current_stream().ptr == stream:
+            yield
+        else:
+            with external_stream(stream, device):
+                yield
+
+
+class _Foreign(NamedTuple):
+    stream: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream
+
+
+@functools.lru_cache(maxsize=256)
+def external_stream(stream: int, device: int) -> Any:
+    """CuPy's object for a stream of a device that somebody else owns."""
+    with cupy().cuda.Device(device):
+        return cupy().cuda.Stream.from_external(_Foreign(stream))

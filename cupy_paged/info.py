@@ -1,0 +1,344 @@
+"""What this machine has of what the GPU kernels need, and the command that mends what is missing.
+
+Needs NumPy alone. Driver and devices are read from the driver's own library, so that they show
+even where CuPy is absent or cannot be imported.
+"""
+
+import argparse
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cupy_paged import __version__
+from cupy_paged.compiler import kernel_dir, sources_digest
+
+# What the extras of pyproject.toml install, by CUDA major. The first of each is its CuPy.
+REQUIREMENTS = {
+    12: (
+        "cupy-cuda12x>=14.2",
+        "nvidia-cuda-nvrtc-cu12>=12.8",
+        "nvidia-cuda-runtime-cu12>=12.8",
+        "ml_dtypes",
+    ),
+    13: ("cupy-cuda13x>=14.2", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13", "ml_dtypes"),
+}
+CUPY_WHEELS = {"cupy": None, "cupy-cuda12x": 12, "cupy-cuda13x": 13}
+OLDEST_CUPY = (14, 2)
+OLDEST_COMPUTE_CAPABILITY = (7, 5)
+
+FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax")
+
+_COMPUTE_CAPABILITY_MAJOR = 75
+_COMPUTE_CAPABILITY_MINOR = 76
+_MULTIPROCESSOR_COUNT = 16
+
+
+class Device(NamedTuple):
+    ordinal: int
+    name: str
+    compute_capability: tuple[int, int]
+    memory_bytes: int
+    sm_count: int
+
+    def __str__(self) -> str:
+        major, minor = self.compute_capability
+        gib = self.memory_bytes / 2**30
+        return f"{self.name}, sm_{major}{minor}, {gib:.1f} GiB, {self.sm_count} SMs"
+
+
+class Problem(NamedTuple):
+    what: str
+    remedy: str
+
+
+class Report(NamedTuple):
+    rows: list[tuple[str, str]]
+    problems: list[Problem]
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self.rows) + 2
+        lines = [f"{label:<{width}}{value}" for label, value in self.rows]
+        lines.append("")
+        if not self.problems:
+            lines.append("GPU kernels: ready.")
+        else:
+            lines.append("GPU kernels: not available. Host arrays run on the NumPy backend.")
+        for what, remedy in self.problems:
+            lines += [f"  missing: {what}", f"    mend:  {remedy}"]
+        return "\n".join(lines)
+
+
+@functools.cache
+def _load(*names: str) -> ctypes.CDLL | None:
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def _cuda_driver() -> ctypes.CDLL | None:
+    return _load("nvcuda.dll") if sys.platform == "win32" else _load("libcuda.so.1")
+
+
+def _format_cuda_version(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def driver_cuda_version() -> str | None:
+    """The newest CUDA version that the driver runs, such as "13.0". None without a driver."""
+    driver = _cuda_driver()
+    version = ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
+        return None
+    return _format_cuda_version(version.value)
+
+
+def driver_version() -> str | None:
+    """The driver's own version, such as "580.95.05"."""
+    nvml = _load("nvml.dll") if sys.platform == "win32" else _load("libnvidia-ml.so.1")
+    if nvml is None or nvml.nvmlInit_v2():
+        return None
+    version = ctypes.create_string_buffer(80)
+    failed = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
+    nvml.nvmlShutdown()
+    return None if failed else version.value.decode()
+
+
+def devices() -> list[Device]:
+    """The CUDA devices that this process may use."""
+    driver = _cuda_driver()
+    count = ctypes.c_int()
+    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+
+    def attribute(device: ctypes.c_int, number: int) -> int:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        return value.value
+
+    found = []
+    for ordinal in range(count.value):
+        device = ctypes.c_int()
+        name = ctypes.create_string_buffer(256)
+        memory = ctypes.c_size_t()
+        driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        capability = (
+            attribute(device, _COMPUTE_CAPABILITY_MAJOR),
+            attribute(device, _COMPUTE_CAPABILITY_MINOR),
+        )
+        sm_count = attribute(device, _MULTIPROCESSOR_COUNT)
+        found.append(Device(ordinal, name.value.decode(), capability, memory.value, sm_count))
+    return found
+
+
+def nvrtc_version() -> str | None:
+    """The version of the NVRTC that CuPy loads, such as "12.9"."""
+    try:
+        from cupy.cuda import nvrtc
+
+        major, minor = nvrtc.getVersion()
+    except Exception:
+        return None
+    return f"{major}.{minor}"
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def framework_versions() -> dict[str, str | None]:
+    """Versions of CuPy, NumPy, torch, JAX and ml_dtypes, without importing any of them."""
+    cupy = next(filter(None, map(installed_version, CUPY_WHEELS)), None)
+    return {"cupy": cupy, **{name: installed_version(name) for name in FRAMEWORKS}}
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where CuPy keeps compiled kernels."""
+    return Path(environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
+
+
+def header_dir() -> Path | None:
+    """The folder of cuda_fp16.h, which CuPy's own elementwise kernels include."""
+    candidates: list[str | None] = []
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        candidates.append(find_nvidia_header_directory("cudart"))
+    except Exception:
+        # Without CuPy there is no pathfinder; a broken one is no reason to stop a report.
+        pass
+    if "CUDA_PATH" in os.environ:
+        candidates.append(os.path.join(os.environ["CUDA_PATH"], "include"))
+    for candidate in filter(None, candidates):
+        if (Path(candidate) / "cuda_fp16.h").is_file():
+            return Path(candidate)
+    return None
+
+
+def _cuda_major() -> int:
+    """The CUDA major to install for: that of the CuPy that is here, else the driver's, else 12."""
+    for wheel, major in CUPY_WHEELS.items():
+        if major and installed_version(wheel):
+            return major
+    cuda = driver_cuda_version()
+    return 13 if cuda and int(cuda.split(".")[0]) >= 13 else 12
+
+
+def _install_command(major: int | None = None) -> str:
+    requirements = REQUIREMENTS[major or _cuda_major()]
+    return f"pip install {' '.join(map(shlex.quote, requirements))}"
+
+
+def _describe_sources(problems: list[Problem]) -> str:
+    count = len(list(kernel_dir().glob("*.cu*")))
+    return f"{kernel_dir()} ({count} files, sha256 {sources_digest()[:12]})"
+
+
+def _describe_cupy(problems: list[Problem]) -> str:
+    wheels = [wheel for wheel in CUPY_WHEELS if installed_version(wheel)]
+    if len(wheels) > 1:
+        problems.append(
+            Problem(
+                f"one CuPy: {' and '.join(wheels)} are installed together",
+                f"pip uninstall -y {' '.join(wheels)} && {_install_command()}",
+            )
+        )
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise
+        problems.append(Problem("CuPy", _install_command()))
+        return "not installed"
+    except OSError as error:
+        # CuPy makes its kernel cache as it is imported.
+        problems.append(
+            Problem(f"a kernel cache that CuPy can write ({error})", "export CUPY_CACHE_DIR=FOLDER")
+        )
+        return "cannot be imported"
+    version = tuple(int(part) for part in cupy.__version__.split(".")[:2])
+    if version < OLDEST_CUPY:
+        needed = ".".join(map(str, OLDEST_CUPY))
+        problems.append(
+            Problem(f"CuPy {needed} or newer (found {cupy.__version__})", _install_command())
+        )
+    return f"{cupy.__version__} ({', '.join(wheels) or 'not from a known wheel'})"
+
+
+def _describe_nvrtc(problems: list[Problem]) -> str:
+    version = nvrtc_version()
+    if version is None:
+        if "cupy" in sys.modules:
+            problems.append(Problem("NVRTC", _install_command()))
+        return "not found"
+    return version
+
+
+def _describe_headers(problems: list[Problem]) -> str:
+    folder = header_dir()
+    if folder is None:
+        if "cupy" in sys.modules:
+            problems.append(Problem("CUDA's headers, which CuPy needs", _install_command()))
+        return "not found"
+    return str(folder)
+
+
+def _describe_cache(problems: list[Problem]) -> str:
+    folder = cache_dir()
+    if not folder.is_dir():
+        return f"{folder} (empty)"
+    sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
+    if not os.access(folder, os.W_OK):
+        problems.append(Problem(f"write access to {folder}", "export CUPY_CACHE_DIR=FOLDER"))
+    return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
+
+
+def _describe_driver(problems: list[Problem]) -> str:
+    cuda = driver_cuda_version()
+    if cuda is None:
+        problems.append(
+            Problem(
+                "an NVIDIA driver",
+                "install the driver of this machine's GPU (https://www.nvidia.com/drivers); "
+                "in a container, start it with --gpus all",
+            )
+        )
+        return "not found"
+    nvrtc = nvrtc_version()
+    if nvrtc and int(nvrtc.split(".")[0]) > int(cuda.split(".")[0]):
+        problems.append(
+            Problem(
+                f"a driver for CUDA {nvrtc} (this one runs CUDA {cuda})",
+                f"pip uninstall -y cupy-cuda13x && {_install_command(12)}",
+            )
+        )
+    return f"{driver_version() or 'unknown version'} (runs CUDA up to {cuda})"
+
+
+def _describe_devices(problems: list[Problem]) -> str:
+    found = devices()
+    usable = [device for device in found if device.compute_capability >= OLDEST_COMPUTE_CAPABILITY]
+    if not found and driver_cuda_version() is not None:
+        problems.append(
+            Problem("a CUDA device", "check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set")
+        )
+    elif found and not usable:
+        oldest = "sm_{}{}".format(*OLDEST_COMPUTE_CAPABILITY)
+        problems.append(Problem(f"a device of {oldest} or newer", "use another GPU"))
+    return "; ".join(f"{device.ordinal}: {device}" for device in found) or "none"
+
+
+def inspect() -> Report:
+    """Everything that `python -m cupy_paged info` prints. A part that fails says so in its row."""
+    problems: list[Problem] = []
+    rows = [
+        ("cupy-paged", f"{__version__} ({Path(__file__).parent})"),
+        ("Python", f"{platform.python_version()} ({platform.platform()})"),
+    ]
+    parts: list[tuple[str, Callable[[list[Problem]], str]]] = [
+        ("kernels", _describe_sources),
+        ("CuPy", _describe_cupy),
+        ("NVRTC", _describe_nvrtc),
+        ("CUDA headers", _describe_headers),
+        ("kernel cache", _describe_cache),
+        ("driver", _describe_driver),
+        ("devices", _describe_devices),
+    ]
+    for label, describe in parts:
+        try:
+            value = describe(problems)
+        except Exception as error:
+            value = f"{type(error).__name__}: {error}".splitlines()[0]
+            problems.append(Problem(f"{label} ({value})", _install_command()))
+        rows.append((label, value))
+    versions = framework_versions()
+    rows += [(name, versions[name] or "not installed") for name in FRAMEWORKS]
+    return Report(rows, problems)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    print(inspect())
+    return 0
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="devices, CuPy, NVRTC, driver, header and cache paths, and what is missing",
+        description=__doc__,
+    )
+    parser.set_defaults(run=run)

@@ -1,0 +1,239 @@
+"""Merging partial attentions over disjoint sets of tokens."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from cupy_paged import checks, reference
+from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.compiler import Kernel, cpp, template
+from cupy_paged.dtypes import FLOATS, decode, encode, itemsize
+from cupy_paged.launch import ParamStruct, launch, scale_fields
+from cupy_paged.results import empty, hand_over
+from cupy_paged.streams import Ordering, launch_stream
+
+NUM_THREADS = 128
+FP8_OUTPUT = "float8_e4m3fn"
+
+_INTO_NEW = "merge_attn_states with output=None returns new arrays"
+
+PARAMS = ParamStruct(
+    "MergeParams",
+    """
+    pointer  output prefix_output suffix_output prefix_lse suffix_lse output_lse
+    pointer  output_scale_array
+    int64    output_stride_token output_stride_head prefix_stride_token prefix_stride_head
+    int64    suffix_stride_token suffix_stride_head
+    int64    prefix_lse_stride_head prefix_lse_stride_token
+    int64    suffix_lse_stride_head suffix_lse_stride_token
+    int64    output_lse_stride_head output_lse_stride_token
+    int64    num_tokens num_merged_tokens
+    int      num_heads
+    float    output_scale
+    """,
+)
+
+
+@functools.lru_cache(maxsize=256)
+def merge_kernel(input_dtype: str, output_dtype: str, head_size: int, width: int) -> Kernel:
+    """The merge kernel for rows that are read `width` elements at a time."""
+    name = template(
+        "merge_attn_states", cpp(input_dtype), cpp(output_dtype), head_size, width, NUM_THREADS
+    )
+    return Kernel("merge_attn_states.cu", name, NUM_THREADS)
+
+
+def merge_attn_states(
+    output: Any,
+    prefix_output: Any,
+    prefix_lse: Any,
+    suffix_output: Any,
+    suffix_lse: Any,
+    output_lse: Any = None,
+    prefill_tokens_with_context: int | None = None,
+    output_scale: Any = None,
+    *,
+    stream: Any = None,
+) -> Any:
+    """Attention over prefix and suffix together, from attention over each.
+
+    >>> import numpy as np
+    >>> prefix, suffix = np.zeros((1, 1, 8), np.float32), np.ones((1, 1, 8), np.float32)
+    >>> lse = np.zeros((1, 1), np.float32)  # each side saw the same weight of tokens
+    >>> merged, merged_lse = merge_attn_states(None, prefix, lse, suffix, lse)
+    >>> float(merged[0, 0, 0]), round(float(merged_lse[0, 0]), 4)
+    (0.5, 0.6931)
+
+    output           [num_tokens, num_heads, head_size], of the inputs' dtype, or float8_e4m3fn (or
+                     uint8) with `output_scale`; None to have it allocated and returned
+    prefix_output,   [num_tokens, num_heads, head_size], float16, bfloat16 or float32
+    suffix_output
+    prefix_lse,      float32 [num_heads, num_tokens], natural logarithm, any strides; an infinite
+    suffix_lse       one, of either sign, means that this side saw no token
+    output_lse       float32 [num_heads, num_tokens], written if given
+    prefill_tokens_with_context
+                     tokens from here on have no prefix: suffix output and lse are copied as they
+                     are, an infinite lse included; None: all tokens merge
+    output_scale     float, or one-element float32 array: the output is saturate(merged / scale)
+    stream           CUDA stream to run on; by default the current one of prefix_output's framework
+
+    Where one side is empty the other is taken exactly, whatever the empty one's output holds. Where
+    both are, the output is prefix_output and the lse -inf.
+
+    Returns None, or (output, lse) if `output` is None.
+    Raises ValueError or TypeError, before anything runs, for arguments that do not fit.
+    Source: vLLM's csrc/attention/merge_attn_states.cu; Ye et al., FlashInfer, arXiv:2501.01005.
+    """
+    on = launch_stream(prefix_output, stream)
+    prefix = array(prefix_output, "prefix_output", on)
+    suffix = array(suffix_output, "suffix_output", on)
+    lses = array(prefix_lse, "prefix_lse", on), array(suffix_lse, "suffix_lse", on)
+    scale = None if output_scale is None else checks.scale(output_scale, "output_scale", on)
+    checks.same_place([a for a in (suffix, *lses, scale) if isinstance(a, Array)], prefix)
+
+    checks.has_dims(prefix, "[num_tokens, num_heads, head_size]")
+    num_tokens, num_heads = prefix.shape[:2]
+    for a in (prefix, suffix):
+        checks.is_dtype(a, *FLOATS)
+        checks.runs_forward(a)
+        checks.is_packed(a, 2)
+    checks.is_shape(suffix, prefix.shape, "the shape of prefix_output")
+    if suffix.dtype != prefix.dtype:
+        raise TypeError(
+            f"suffix_output: dtype {suffix.dtype} does not match prefix_output's {prefix.dtype}"
+        )
+    for a in lses:
+        checks.is_shape(a, (num_heads, num_tokens), "[num_heads, num_tokens]")
+        checks.is_dtype(a, "float32")
+        checks.runs_forward(a)
+    merged_tokens = num_tokens
+    if prefill_tokens_with_context is not None:
+        name = "prefill_tokens_with_context"
+        merged_tokens = checks.is_int(prefill_tokens_with_context, name, at_least=0)
+        if merged_tokens > num_tokens:
+            raise ValueError(
+                f"{name}: got {merged_tokens}, needs at most num_tokens = {num_tokens}"
+            )
+
+    dtype = prefix.dtype if scale is None else FP8_OUTPUT
+    if output is None:
+        if output_lse is not None:
+            raise ValueError("output_lse: given without output, needs both or neither")
+        target = empty(prefix, "output", prefix.shape, dtype, on)
+        target_lse = empty(prefix, "output_lse", lses[0].shape, "float32", on)
+    else:
+        target = _check_output(array(output, "output", on), prefix, scale)
+        target_lse = None
+        if output_lse is not None:
+            target_lse = array(output_lse, "output_lse", on)
+            checks.same_place([target_lse], prefix)
+            checks.is_writable(target_lse, _INTO_NEW)
+            checks.is_shape(target_lse, lses[0].shape, "[num_heads, num_tokens]")
+            checks.is_dtype(target_lse, "float32")
+    target = target._replace(dtype=dtype)  # uint8 holds the same bits
+
+    if math.prod(prefix.shape):
+        backend = _merge_on_host if prefix.device is HOST else _merge_on_gpu
+        backend(target, target_lse, prefix, suffix, *lses, merged_tokens, scale, on)
+    if output is None:
+        return hand_over(target, on), hand_over(target_lse, on)
+    return None
+
+
+def _check_output(target: Array, prefix: Array, scale: float | Array | None) -> Array:
+    checks.is_writable(target, _INTO_NEW)
+    checks.same_place([target], prefix)
+    checks.is_shape(target, prefix.shape, "the shape of prefix_output")
+    checks.is_packed(target, 2)
+    if scale is not None:
+        checks.is_dtype(target, FP8_OUTPUT, "uint8")
+    elif target.dtype in (FP8_OUTPUT, "uint8"):
+        raise ValueError(f"output_scale: None, needs a scale for an output of {target.dtype}")
+    else:
+        checks.is_dtype(target, prefix.dtype)
+    return target
+
+
+def _merge_on_host(
+    output: Array,
+    output_lse: Array | None,
+    prefix: Array,
+    suffix: Array,
+    prefix_lse: Array,
+    suffix_lse: Array,
+    merged_tokens: int,
+    scale: float | Array | None,
+    stream: int,
+) -> None:
+    merged, lse = reference.merge_attn_states(
+        decode(prefix.bits, prefix.dtype),
+        prefix_lse.bits,
+        decode(suffix.bits, suffix.dtype),
+        suffix_lse.bits,
+        merged_tokens,
+    )
+    if scale is not None:
+        merged *= np.float32(1.0) / np.float32(checks.host_scale(scale))
+    output.bits[...] = encode(merged, output.dtype)
+    if output_lse is not None:
+        output_lse.bits[...] = lse
+
+
+def _merge_on_gpu(
+    output: Array,
+    output_lse: Array | None,
+    prefix: Array,
+    suffix: Array,
+    prefix_lse: Array,
+    suffix_lse: Array,
+    merged_tokens: int,
+    scale: float | Array | None,
+    stream: int,
+) -> None:
+    num_tokens, num_heads, head_size = prefix.shape
+    # Output rows may be read in pieces as small as their own elements allow.
+    output_width = output.alignment(range(2), head_size) // itemsize(output.dtype)
+    alignment = min(
+        prefix.alignment(range(2), head_size),
+        suffix.alignment(range(2), head_size),
+        output_width * itemsize(prefix.dtype),
+    )
+    width = math.gcd(alignment // itemsize(prefix.dtype), head_size)
+    kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width)
+
+    strides = {}
+    for name, a in (("output", output), ("prefix", prefix), ("suffix", suffix)):
+        strides[f"{name}_stride_token"], strides[f"{name}_stride_head"] = a.strides[:2]
+    for name, a in (
+        ("prefix_lse", prefix_lse),
+        ("suffix_lse", suffix_lse),
+        ("output_lse", output_lse or prefix_lse),
+    ):
+        strides[f"{name}_stride_head"], strides[f"{name}_stride_token"] = a.strides
+    params = PARAMS.pack(
+        strides
+        | scale_fields("output_scale", 1.0 if scale is None else scale)
+        | {
+            "output": output.pointer,
+            "prefix_output": prefix.pointer,
+            "suffix_output": suffix.pointer,
+            "prefix_lse": prefix_lse.pointer,
+            "suffix_lse": suffix_lse.pointer,
+            "output_lse": 0 if output_lse is None else output_lse.pointer,
+            "num_tokens": num_tokens,
+            "num_merged_tokens": merged_tokens,
+            "num_heads": num_heads,
+        }
+    )
+    given = (output, output_lse, prefix, suffix, prefix_lse, suffix_lse, scale)
+    arrays = [a for a in given if isinstance(a, Array)]
+    ordering = Ordering(stream, prefix.device, prefix.framework, arrays)
+    ordering.before()
+    rows_per_block = max(NUM_THREADS // (head_size // width), 1)
+    work = -(-num_tokens * num_heads // rows_per_block)
+    launch(kernel, prefix.device, stream, work, params, resident=True)
+    ordering.after()

@@ -1,0 +1,99 @@
+"""Which stream an op runs on, and in what order with the streams of the arrays it is given.
+
+An op runs on the current stream of the framework that owns the query. Arrays of another framework
+may still be written on that framework's stream, and may be reused there as soon as the op returns:
+both streams are made to wait for each other. DLPack producers order the first half by themselves;
+their arrays are kept until the op has run.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from cupy_paged import gpu
+from cupy_paged.arrays import HOST, Array, location
+
+_in_flight: dict[tuple[int, int], deque[tuple[Any, list[Any]]]] = {}
+"""By (device, stream): what an op still reads, and the event after that op."""
+_in_flight_lock = threading.Lock()
+
+
+def current(framework: str, device: int) -> int:
+    """Pointer of the framework's current stream on a device.
+
+    JAX and producers known by protocol alone have none to offer; they are served on CuPy's.
+    """
+    if framework == "torch":
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device)
+    return gpu.cupy().cuda.get_current_stream(device).ptr
+
+
+def pointer_of(stream: Any) -> int:
+    """Pointer of a caller's `stream=`: CuPy's, torch's, an int, or anything with __cuda_stream__.
+
+    Raises TypeError for anything else.
+    """
+    if isinstance(stream, int):
+        return stream
+    for attribute in ("ptr", "cuda_stream"):
+        if hasattr(stream, attribute):
+            return getattr(stream, attribute)
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        return (protocol() if callable(protocol) else protocol)[1]
+    raise TypeError(
+        f"stream: got {type(stream).__name__}, needs a CuPy or torch stream, "
+        "its address as an int, or an object with __cuda_stream__"
+    )
+
+
+def launch_stream(leader: Any, stream: Any) -> int:
+    """Pointer of the stream that an op runs on: `stream`, or the current one of the leader's owner.
+
+    0 on the host, which has no streams. Raises TypeError for a `stream` that is none.
+    """
+    framework, device = location(leader)
+    if stream is not None:
+        return pointer_of(stream)
+    return 0 if device is HOST else current(framework, device)
+
+
+class Ordering:
+    """Orders one op, which runs on `stream`, with the streams of all its arrays.
+
+    While a graph is being captured nothing is added: a capture cannot wait for work outside of it,
+    and its replays are ordered by whoever launches them.
+    """
+
+    def __init__(self, stream: int, device: int, owner: str, arrays: Iterable[Array]) -> None:
+        self._stream, self._device = stream, device
+        self._others: set[int] = set()
+        self._kept: list[Any] = []
+        foreign = {a.framework for a in arrays} - {owner}
+        if owner in ("jax", "dlpack") or foreign & {"jax", "dlpack"}:
+            self._kept = [a.owner for a in arrays if a.framework in ("jax", "dlpack")]
+        if foreign and not gpu.is_capturing(stream):
+            streams = {current(framework, device) for framework in foreign & {"cupy", "torch"}}
+            self._others = streams - {stream}
+
+    def before(self) -> None:
+        for other in self._others:
+            gpu.wait(self._stream, other)
+
+    def after(self) -> None:
+        for other in self._others:
+            gpu.wait(other, self._stream)
+        if self._kept and not gpu.is_capturing(self._stream):
+            self._keep_until_done()
+
+    def _keep_until_done(self) -> None:
+        event = gpu.record(self._stream)
+        with _in_flight_lock:
+            queue = _in_flight.setdefault((self._device, self._stream), deque())
+            while queue and queue[0][0].done:
+                queue.popleft()
+            queue.append((event, self._kept))

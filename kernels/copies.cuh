@@ -1,0 +1,64 @@
+// Copies from global to shared memory that need not pass through registers.
+#pragma once
+#include "arch.cuh"
+
+namespace cupy_paged {
+
+// Copies the first `live` of BYTES bytes and fills the rest with zeros. Bytes past `live` may hold
+// anything, NaN patterns included: they never arrive. The copy is complete after wait_for_copies.
+template <int BYTES>
+__device__ inline void copy_async(void* shared, const void* global, int live) {
+    static_assert(BYTES == 1 || BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES == 16, "copy width");
+#if SM >= 80
+    if constexpr (BYTES >= 4) {
+        const uint32 target = uint32(__cvta_generic_to_shared(shared));
+        if constexpr (BYTES == 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(live)
+                         : "memory");
+        else
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(BYTES),
+                         "r"(live)
+                         : "memory");
+        return;
+    }
+#endif
+    if constexpr (BYTES >= 4) {
+        struct alignas(BYTES) Words { uint32 word[BYTES / 4]; };
+        Words words = {};
+        if (live > 0) words = *static_cast<const Words*>(global);
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i++) {
+            const int keep = 8 * (live - 4 * i);
+            if (keep <= 0) words.word[i] = 0;
+            else if (keep < 32) words.word[i] &= (1u << keep) - 1;
+        }
+        *static_cast<Words*>(shared) = words;
+    } else if constexpr (BYTES == 2) {
+        *static_cast<uint16*>(shared) = live > 0 ? *static_cast<const uint16*>(global) : uint16(0);
+    } else {
+        *static_cast<uint8*>(shared) = live > 0 ? *static_cast<const uint8*>(global) : uint8(0);
+    }
+}
+
+// Waits for this thread's copies; a barrier must follow before other threads read them.
+__device__ inline void wait_for_copies() {
+#if SM >= 80
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Closes a group of this thread's copies. Groups complete in order.
+__device__ inline void commit_copies() {
+#if SM >= 80
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all of this thread's groups but the last PENDING are complete.
+template <int PENDING> __device__ inline void wait_for_copies_but() {
+#if SM >= 80
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+}  // namespace cupy_paged

@@ -1,0 +1,148 @@
+// Tiles of 16 tokens that one warp fetches for itself and feeds to matrix instructions.
+//
+// Tiles are made of chunks of 16 bytes. Two chunks that are neighbours in a sector of the cache are
+// neighbours in a tile, for a sector that has to be torn apart is written twice. Tokens that are not there are fetched as zeros, so what
+// their slots hold, NaN included, cannot reach a result.
+#pragma once
+#include "arch.cuh"
+#include "copies.cuh"
+#include "dtypes.cuh"
+#include "layouts.cuh"
+#include "mma.cuh"
+
+namespace cupy_paged {
+
+constexpr int TILE_TOKENS = 16;
+
+struct alignas(16) Chunk {
+    uint32 word[4];
+};
+
+// The largest power of two that divides n, 8 at most.
+__host__ __device__ constexpr int power_of_two_in(int n) { return n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
+
+// Chunks of channels: keys of every layout, values of `Rows`. BY_TOKEN: [token][chunk], with an odd
+// number of chunks a row, so that a matrix's eight rows lie in different banks. Else: [chunk][token].
+template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
+    static constexpr int CHUNK = 16 / sizeof(T);
+    static constexpr int CHUNKS = HEAD_SIZE / CHUNK;
+    static constexpr int TOKEN_STEP = BY_TOKEN ? CHUNKS | 1 : 1;
+    static constexpr int CHUNK_STEP = BY_TOKEN ? 1 : TILE_TOKENS;
+    static constexpr int OPERANDS = sizeof(T) == 1 ? 2 : 1;  // that a pair of chunks makes
+
+    Chunk chunks[TILE_TOKENS * (BY_TOKEN ? TOKEN_STEP : CHUNKS)];
+
+    __device__ Chunk* at(int token, int c) { return chunks + token * TOKEN_STEP + c * CHUNK_STEP; }
+    __device__ const Chunk* at(int token, int c) const { return chunks + token * TOKEN_STEP + c * CHUNK_STEP; }
+
+    // `token_base` of lane t, t < 16, is where token t begins; `chunk_step(c)` is how far its chunk c
+    // is from there. Lanes run along whichever of tokens and chunks is contiguous in the cache.
+    template <class Step>
+    __device__ void fetch(const T* cache, int64 token_base, int live_tokens, Step chunk_step) {
+        constexpr int ROW_LANES = BY_TOKEN ? power_of_two_in(CHUNKS) : WARP / TILE_TOKENS;
+        constexpr int ROWS = WARP / ROW_LANES;  // tokens side by side
+        const int lane = threadIdx.x % WARP;
+        const int row = BY_TOKEN ? lane / ROW_LANES : lane % TILE_TOKENS;
+        const int column = BY_TOKEN ? lane % ROW_LANES : lane / TILE_TOKENS;
+#pragma unroll
+        for (int first = 0; first < TILE_TOKENS; first += ROWS) {
+            const int t = first + row;
+            const T* token = cache + __shfl_sync(ALL_LANES, token_base, t % WARP);
+            if (t >= TILE_TOKENS) break;
+#pragma unroll
+            for (int c = column; c < CHUNKS; c += ROW_LANES)
+                copy_async<16>(at(t, c), token + chunk_step(c), t < live_tokens ? 16 : 0);
+        }
+    }
+
+    // Keys of chunks 2 * pair and 2 * pair + 1 as operands A of [tokens][channels]. `token` is that of
+    // row lane % 16.
+    __device__ void keys(int pair, int token, uint32 (&a)[OPERANDS][4]) const {
+        uint32 m[4];
+        load_matrices(m, at(token, 2 * pair + threadIdx.x % WARP / TILE_TOKENS));
+        if constexpr (OPERANDS == 1) {
+            for (int i = 0; i < 4; i++) a[0][i] = m[i];
+        } else {
+            // A lane has four adjacent channels, which it takes for columns 2j, 2j + 1, 2j + 8, 2j + 9.
+            for (int n = 0; n < 2; n++)
+                for (int i = 0; i < 4; i++) a[n][i] = halves<T>(m[2 * n + i % 2] >> (i < 2 ? 0 : 16) & 0xffffu);
+        }
+    }
+
+    // Values of the same chunks as operands A of [channels][tokens].
+    __device__ void values(int pair, uint32 (&a)[OPERANDS][4]) const {
+        const int lane = threadIdx.x % WARP;
+        uint32 m[4];
+        if constexpr (OPERANDS == 1) {
+            load_matrices_transposed(m, at(lane % 8 + lane / 16 * 8, 2 * pair + lane / 8 % 2));
+            for (int i = 0; i < 4; i++) a[0][i] = m[i];
+        } else {
+            // Pairs of channels are moved as one: a lane has two channels of two tokens in a word.
+            load_matrices_transposed(m, at(lane % 16, 2 * pair + lane / 16));
+            for (int n = 0; n < 2; n++)
+                for (int i = 0; i < 4; i++)
+                    a[n][i] = halves<T>(__byte_perm(m[2 * n + i / 2], 0, i % 2 ? 0x4431 : 0x4420));
+        }
+    }
+
+    static __device__ int token_of_row(int row) { return row; }
+
+    // The channel of row `row` of the n-th operand of `values`.
+    static __device__ int channel(int n, int row) {
+        return 16 * n + (OPERANDS == 1 ? row : row % 8 * 2 + row / 8);
+    }
+};
+
+// Chunks of tokens, [channel][chunk]: values of `Vllm`.
+template <class T, int HEAD_SIZE> struct TokenColumns {
+    static constexpr int CHUNK = 16 / sizeof(T);
+    static constexpr int CHUNKS = TILE_TOKENS / CHUNK;
+    static constexpr int OPERANDS = sizeof(T) == 1 ? 2 : 1;  // that 32 bytes of tokens make
+
+    Chunk chunk[HEAD_SIZE][CHUNKS];
+
+    template <int BLOCK_SIZE>
+    __device__ void fetch(const T* cache, int64 token_base, int live_tokens) {
+        constexpr int LANES = WARP / CHUNKS;  // channels side by side
+        const int lane = threadIdx.x % WARP;
+        const int column = lane % CHUNKS;
+        const T* group = cache + __shfl_sync(ALL_LANES, token_base, column * CHUNK);
+        const int live = min(max(live_tokens - column * CHUNK, 0), CHUNK) * int(sizeof(T));
+#pragma unroll
+        for (int channel = lane / CHUNKS; channel < HEAD_SIZE; channel += LANES)
+            copy_async<16>(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);
+    }
+
+    // Values of the pair-th 16 * OPERANDS channels as operands A of [channels][tokens].
+    __device__ void values(int pair, uint32 (&a)[OPERANDS][4]) const {
+        const int lane = threadIdx.x % WARP;
+        uint32 m[4];
+        if constexpr (OPERANDS == 1) {
+            load_matrices(m, &chunk[16 * pair + lane % 16][lane / 16]);
+            for (int i = 0; i < 4; i++) a[0][i] = m[i];
+        } else {
+            load_matrices(m, &chunk[32 * pair + lane][0]);
+            for (int n = 0; n < 2; n++)
+                for (int i = 0; i < 4; i++) a[n][i] = halves<T>(m[2 * n + i % 2] >> (i < 2 ? 0 : 16) & 0xffffu);
+        }
+    }
+
+    // Of float8 a lane has four adjacent tokens, which it takes for columns 2j, 2j + 1, 2j + 8 and
+    // 2j + 9: scores must come in that order.
+    static __device__ int token_of_row(int row) {
+        return OPERANDS == 1 ? row : row % 8 / 2 * 4 + row % 2 + row / 8 * 2;
+    }
+
+    static __device__ int channel(int n, int row) { return 16 * n + row; }
+};
+
+template <class Layout, class T, int HEAD_SIZE> struct WarpValues;
+template <class T, int HEAD_SIZE> struct WarpValues<Rows, T, HEAD_SIZE> {
+    using Tile = TokenRows<T, HEAD_SIZE, true>;
+};
+template <class T, int HEAD_SIZE> struct WarpValues<Vllm, T, HEAD_SIZE> {
+    using Tile = TokenColumns<T, HEAD_SIZE>;
+};
+
+}  // namespace cupy_paged
+
