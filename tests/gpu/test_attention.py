@@ -1,0 +1,110 @@
+"""The attention operators on a GPU, against the oracle."""
+
+import pytest
+
+from support import cases, frameworks, ops
+from support.attention_suite import AttentionSuite
+from support.data import Case, build, needles
+
+CUPY = frameworks.device()[0]
+STORAGES = pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype", "layout"),
+    [
+        ("float16", "auto", "vllm"),
+        ("bfloat16", "auto", "NHD"),
+        ("float32", "auto", "HND"),
+        ("bfloat16", "fp8", "HND"),
+    ],
+)
+
+
+@pytest.fixture
+def older_chip(monkeypatch):
+    """The code paths of a Turing: software bfloat16 and float8, plain copies."""
+    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    """The code paths of an A100: tensor cores and asynchronous copies, but software float8."""
+    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "80")
+
+
+@pytest.mark.parametrize("case", cases.GPU, ids=str)
+def test_matches_oracle(case):
+    ops.check_attention(build(case), CUPY)
+
+
+@pytest.mark.parametrize("case", cases.GPU[::6], ids=str)
+def test_scratch_in_the_dtype_of_the_query(case):
+    ops.check_attention(build(case), CUPY, scratches=(case.dtype,))
+
+
+@pytest.mark.usefixtures("older_chip")
+@pytest.mark.parametrize("case", cases.GPU[::5], ids=str)
+def test_matches_oracle_on_the_paths_of_older_chips(case):
+    ops.check_attention(build(case), CUPY)
+
+
+@pytest.mark.usefixtures("ampere")
+@pytest.mark.parametrize("case", cases.TENSOR_CORES[::4], ids=str)
+def test_matches_oracle_on_the_paths_of_an_ampere(case):
+    ops.check_attention(build(case), CUPY)
+
+
+@pytest.mark.parametrize("case", cases.TENSOR_CORES[::5], ids=str)
+def test_scratch_of_tensor_cores(case):
+    problem = build(case)
+    for scratch in "float32", case.dtype:
+        ops.check_scratch(problem, CUPY, 512, ops.partitions_needed(problem) + 1, scratch)
+
+
+@STORAGES
+def test_needles_in_long_contexts(dtype, kv_cache_dtype, layout):
+    length, group = 131072, 8
+    case = Case(dtype, kv_cache_dtype, layout, 1, group, head_size=128, seq_lens=())
+    tokens = [0, 15, 16, 511, 512, 65535, 65536, length - 1]
+    ops.check_attention(needles(case, length, tokens), CUPY)
+
+
+@STORAGES
+def test_long_contexts(dtype, kv_cache_dtype, layout):
+    lengths = 131072, 1, 70001, 0, 8192, 4097
+    case = Case(dtype, kv_cache_dtype, layout, 1, 8, head_size=128, seq_lens=lengths)
+    ops.check_attention(build(case), CUPY)
+
+
+def test_a_million_tokens():
+    length = 2**20 + 1
+    case = Case(num_kv_heads=1, group=8, head_size=64, seq_lens=())
+    ops.check_attention(needles(case, length, [0, 2**20]), CUPY)
+
+
+class TestAttention(AttentionSuite):
+    @pytest.fixture(params=frameworks.writable(frameworks.device()), ids=lambda a: a.name)
+    def arrays(self, request):
+        return request.param
+
+
+@pytest.mark.usefixtures("older_chip")
+class TestAttentionOnOlderChips:
+    test_needles = AttentionSuite.test_needle_at_every_page_and_partition_edge
+    test_poison = AttentionSuite.test_dead_slots_and_wild_ids_change_nothing
+    test_large_logits = AttentionSuite.test_large_logits
+    test_rows_without_tokens = AttentionSuite.test_rows_without_tokens_are_zero
+    test_nan = AttentionSuite.test_nan_stays_with_its_row_and_head
+
+    @pytest.fixture
+    def arrays(self):
+        return CUPY
+
+
+@pytest.mark.usefixtures("ampere")
+class TestAttentionOnAnAmpere:
+    test_poison = AttentionSuite.test_dead_slots_and_wild_ids_change_nothing
+    test_nan = AttentionSuite.test_nan_stays_with_its_row_and_head
+    test_magnitudes = AttentionSuite.test_bfloat16_queries_beyond_the_range_of_float16
+
+    @pytest.fixture
+    def arrays(self):
+        return CUPY

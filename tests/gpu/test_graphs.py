@@ -1,0 +1,221 @@
+"""Operators captured once in a CUDA graph and replayed with other lengths, tables and data."""
+
+from dataclasses import replace
+
+import cupy
+import numpy as np
+import pytest
+
+import cupy_paged
+from support import cache_suite, compare, frameworks, merge_suite, ops, oracle
+from support.data import Case, build, empty_caches
+
+LENGTHS = 1030, 17, 512, 300, 5, 0, 64, 513
+
+
+def capture_cupy(call):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        call()
+        stream.synchronize()
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
+        call()
+        graph = stream.end_capture()
+
+    def replay():
+        graph.launch(stream)
+        stream.synchronize()
+
+    return replay
+
+
+def capture_torch(call):
+    import torch
+
+    warm_up = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(warm_up):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+CAPTURES = {"cupy": capture_cupy, "torch": capture_torch}
+
+
+@pytest.fixture(params=frameworks.writable(frameworks.device()), ids=lambda arrays: arrays.name)
+def arrays(request):
+    return request.param
+
+
+def capture(call, arrays):
+    replay = CAPTURES[arrays.name](call)
+
+    def replay_after_filling(filled):
+        for array, contents in filled:
+            arrays.fill(array, contents)
+        arrays.synchronize()
+        replay()
+
+    # A graph knows addresses, not arrays: what the call holds must live as long.
+    replay_after_filling.call = call
+    return replay_after_filling
+
+
+def scenes(problem):
+    """The problem with other lengths and tables of the same shape."""
+    rng = np.random.default_rng(11)
+    full = problem.seq_lens
+    for seq_lens in (
+        full,
+        np.zeros_like(full),
+        np.minimum(full, 1),
+        full // 2,
+        np.where(np.arange(len(full)) < 3, full, 0),
+        np.where(np.arange(len(full)) < 3, full, -1),
+    ):
+        yield replace(problem, seq_lens=seq_lens.astype(np.int32))
+    for _ in range(3):
+        order = rng.permutation(len(full))
+        yield replace(
+            problem, seq_lens=full[order], block_tables=problem.block_tables[order].copy()
+        )
+
+
+def attention_call(op, problem, arrays):
+    """A call of `op` on fixed arrays, those arrays by name, and the output."""
+    shape = num_seqs, num_heads, head_size = problem.query.shape
+    out = ops.empty(shape, problem.case.dtype, arrays)
+    if op == "paged_attention":
+        given = ops.arguments(problem, arrays)
+        return lambda: cupy_paged.paged_attention(**given, out=out), given, out
+    tail, keywords = ops.positional(problem, arrays)
+    given = dict(zip(ops.POSITIONAL, tail, strict=True))
+    if op == "paged_attention_v1":
+        return lambda: cupy_paged.paged_attention_v1(out, *tail, **keywords), given, out
+    shape = num_seqs, num_heads, ops.partitions_needed(problem)
+    exp_sums, max_logits = (ops.empty(shape, "float32", arrays) for _ in range(2))
+    scratch = exp_sums, max_logits, ops.empty((*shape, head_size), "float32", arrays)
+    return lambda: cupy_paged.paged_attention_v2(out, *scratch, *tail, **keywords), given, out
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1", "paged_attention_v2"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float16", "auto", "vllm", seq_lens=LENGTHS),
+        Case("bfloat16", "fp8", "HND", seq_lens=LENGTHS, alibi=True),
+        Case("float32", "auto", "NHD", seq_lens=LENGTHS),
+    ],
+    ids=str,
+)
+def test_attention(op, case, arrays):
+    problem = build(case)
+    call, given, out = attention_call(op, problem, arrays)
+    replay = capture(call, arrays)
+    dirt = np.full(problem.query.shape, np.nan).astype(problem.query.dtype)
+    for scene in scenes(problem):
+        tables, lens = (
+            (given["block_tables"], scene.block_tables),
+            (given["seq_lens"], scene.seq_lens),
+        )
+        replay([tables, lens, (out, dirt)])
+        found = arrays.numpy(out)
+        compare.close(found, scene.expected[0], case.dtype)
+        eager, _ = ops.paged_attention(scene, arrays)
+        compare.bitwise(found, eager, "replayed against eager")
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1"])
+def test_replays_touch_no_memory_that_was_handed_out_since(op, arrays):
+    problem = build(Case(seq_lens=(5000, 1030, 17)))
+    call, _, out = attention_call(op, problem, arrays)
+    replay = capture(call, arrays)
+    # Sizes from a page to several times any scratch: whatever the op gave back is in here.
+    others = [
+        ops.empty((size,), "float32", arrays, ops.SENTINEL)
+        for size in (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+        for _ in range(16)
+    ]
+    replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
+    compare.close(arrays.numpy(out), problem.expected[0], "float16")
+    for other in others:
+        assert (arrays.numpy(other) == np.float32(ops.SENTINEL)).all()
+
+
+def test_two_graphs_and_eager_calls_take_turns(arrays):
+    problems = [build(Case(seq_lens=lens)) for lens in ((3000, 17, 5), (513, 2000))]
+    captured = []
+    for problem in problems:
+        call, _, out = attention_call("paged_attention", problem, arrays)
+        captured.append((problem, out, capture(call, arrays)))
+    for _ in range(3):
+        for problem, out, replay in captured:
+            replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
+            compare.close(arrays.numpy(out), problem.expected[0], "float16")
+        eager, _ = ops.paged_attention(problems[0], arrays)
+        compare.close(eager, problems[0].expected[0], "float16")
+
+
+def test_merge(arrays, rng):
+    given = merge_suite.states(rng, "float16")
+    made = [arrays.array(array) for array in given]
+    output = ops.empty(given[0].shape, "float16", arrays)
+    output_lse = ops.empty(given[1].shape, "float32", arrays)
+    replay = capture(
+        lambda: cupy_paged.merge_attn_states(output, *made, output_lse=output_lse), arrays
+    )
+    for _ in range(3):
+        given = merge_suite.empty_some(rng, merge_suite.states(rng, "float16"))
+        replay(zip(made, given, strict=True))
+        expected, expected_lse = oracle.merge_attn_states(*given)
+        compare.close(arrays.numpy(output), expected, "float16")
+        compare.close_lse(arrays.numpy(output_lse), expected_lse)
+
+
+@pytest.mark.parametrize("layout", ["vllm", "HND", "NHD"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_cache_writers(layout, kv_cache_dtype, arrays, rng):
+    case = Case("float16", kv_cache_dtype, layout)
+    caches = empty_caches(case, 4, rng)
+    made = [arrays.array(ops.cache_bytes(cache)) for cache in caches]
+    key, value = (arrays.array(array) for array in cache_suite.tokens(rng, case, 30))
+    slot_mapping = arrays.array(np.full(30, -1, np.int64))
+    tail = key, value, *made, slot_mapping, kv_cache_dtype, *case.scales
+    if layout == "vllm":
+        replay = capture(lambda: cupy_paged.reshape_and_cache(*tail), arrays)
+    else:
+        replay = capture(lambda: cupy_paged.reshape_and_cache_flash(*tail, layout=layout), arrays)
+    k_scale, v_scale = case.scales
+    for _ in range(3):
+        new_key, new_value = cache_suite.tokens(rng, case, 30)
+        slots = cache_suite.slots(rng, case, 30, 4)
+        # A padded batch: the last tokens are skipped.
+        slots[20:] = -1
+        replay([(key, new_key), (value, new_value), (slot_mapping, slots)])
+        caches = oracle.reshape_and_cache(
+            new_key, new_value, *caches, slots, layout=layout, block_size=case.block_size,
+            kv_cache_dtype=kv_cache_dtype, k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
+        for array, cache in zip(made, caches, strict=True):
+            compare.bitwise(arrays.numpy(array).view(cache.dtype), cache)
+
+
+def test_convert(arrays):
+    codes = np.arange(120, dtype=np.uint8).reshape(2, 60)
+    made = arrays.array(codes)
+    output = ops.empty(codes.shape, "float16", arrays)
+    replay = capture(lambda: cupy_paged.convert_fp8(output, made, 0.5), arrays)
+    for step in range(3):
+        replay([(made, codes ^ np.uint8(step))])
+        expected = (codes ^ np.uint8(step)).view(oracle.FP8["fp8"]).astype(np.float32) * 0.5
+        compare.bitwise(arrays.numpy(output), expected.astype(np.float16))

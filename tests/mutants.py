@@ -1,0 +1,143 @@
+"""Breaks kernels on purpose and checks that the GPU tests notice: `python tests/mutants.py`.
+
+Each mutant is one change of a source text. The tree is copied and changed, and the tests named for
+the mutant are run on it; they must fail, and must pass on an unchanged copy. Exits with 1 if a
+mutant survives.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+WORKERS = 4  # mutants that share the GPU
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str = "tests/gpu/test_attention.py::TestAttention"
+
+
+OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
+
+MUTANTS = (
+    Mutant(
+        "v_scale in place of k_scale, tensor cores",
+        "kernels/paged_attention_mma.cu",
+        "(p.k_scale_array ? *p.k_scale_array : p.k_scale)",
+        "(p.v_scale_array ? *p.v_scale_array : p.v_scale)",
+    ),
+    Mutant(
+        "v_scale in place of k_scale, CUDA cores",
+        "kernels/paged_attention.cu",
+        "(p.k_scale_array ? *p.k_scale_array : p.k_scale)",
+        "(p.v_scale_array ? *p.v_scale_array : p.v_scale)",
+        OLDER_CHIPS,
+    ),
+    Mutant(
+        "the newest token is dropped, tensor cores",
+        "kernels/paged_attention_mma.cu",
+        "piece.end = min(piece.begin + p.partition_size, piece.seq_len);",
+        "piece.end = min(piece.begin + p.partition_size, piece.seq_len - 1);",
+    ),
+    Mutant(
+        "the newest token is dropped, CUDA cores",
+        "kernels/paged_attention.cu",
+        "const int end = min(begin + p.partition_size, seq_len);",
+        "const int end = min(begin + p.partition_size, seq_len - 1);",
+        OLDER_CHIPS,
+    ),
+    Mutant(
+        "32-bit block offset",
+        "kernels/layouts.cuh",
+        "return block * stride.block + head * stride.head + offset * stride.token + channel;",
+        "return int(block * stride.block) + head * stride.head + offset * stride.token + channel;",
+        "tests/gpu/test_large_pool.py",
+    ),
+    Mutant(
+        "ALiBi distance off by one",
+        "kernels/masks.cuh",
+        "float(token - seq_len + 1)",
+        "float(token - seq_len)",
+    ),
+    Mutant(
+        "dead slots are fetched, tensor cores",
+        "kernels/warp_tiles.cuh",
+        "t < live_tokens ? 16 : 0",
+        "16",
+    ),
+    Mutant(
+        "dead slots are fetched, CUDA cores",
+        "kernels/tiles.cuh",
+        "const int live = min(count, from.end - token);",
+        "const int live = from.end > token - BLOCK_SIZE ? count : 0;",
+        OLDER_CHIPS,
+    ),
+)
+
+
+def copy_tree(folder: str, name: str) -> Path:
+    tree = Path(folder) / name
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    shutil.copy(ROOT / ".gitignore", tree)
+    return tree
+
+
+def run_tests(tree: Path, tests: str) -> tuple[bool, str]:
+    """Whether the tests pass on a tree, and the first line that says why not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    environment = os.environ | {"CUPY_PAGED_RECEIPT": os.devnull}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, failed[0] if failed else done.stdout[-300:]
+
+
+def check_original(folder: str, tests: str) -> str | None:
+    """What is wrong with the tests on the unchanged tree. None if nothing is."""
+    passed, why = run_tests(copy_tree(folder, f"original {tests.replace('/', '.')}"), tests)
+    return None if passed else f"{tests} fails without any mutant: {why}"
+
+
+def survives(folder: str, mutant: Mutant) -> bool:
+    path = copy_tree(folder, mutant.fault) / mutant.file
+    text = path.read_text()
+    if mutant.old not in text:
+        print(f"STALE     {mutant.fault}: {mutant.file} has no {mutant.old!r}", flush=True)
+        return True
+    path.write_text(text.replace(mutant.old, mutant.new))
+    start = time.perf_counter()
+    passed, why = run_tests(Path(folder) / mutant.fault, mutant.tests)
+    verdict = "SURVIVED" if passed else "killed  "
+    print(f"{verdict}  {mutant.fault}, {time.perf_counter() - start:.0f} s: {why}", flush=True)
+    return passed
+
+
+def main() -> int:
+    tests = sorted({mutant.tests for mutant in MUTANTS})
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(WORKERS) as workers,
+    ):
+        broken = list(filter(None, workers.map(check_original, itertools.repeat(folder), tests)))
+        if broken:
+            print("\n".join(broken))
+            return 1
+        survivors = sum(workers.map(survives, itertools.repeat(folder), MUTANTS))
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

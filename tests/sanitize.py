@@ -1,0 +1,38 @@
+"""Runs a reduced grid of the GPU tests under compute-sanitizer: `python tests/sanitize.py [TOOL]`.
+
+TOOL is memcheck (the default), initcheck, racecheck or synccheck. Memory pools are switched off: an
+access past the end of one array would otherwise land in the pool's own memory and pass. Exits with
+the sanitizer's status, which is not 0 if it found anything or a test failed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = (
+    "tests/gpu/test_attention.py::test_matches_oracle",
+    "tests/gpu/test_attention.py::test_matches_oracle_on_the_paths_of_older_chips",
+    "tests/gpu/test_merge.py",
+    "tests/gpu/test_cache_ops.py::TestCacheOps::test_shapes",
+)
+
+
+def main() -> int:
+    tool = sys.argv[1] if len(sys.argv) > 1 else "memcheck"
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+        return 2
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *GRID]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
+    without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

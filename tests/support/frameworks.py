@@ -1,0 +1,192 @@
+"""Arrays of each framework, made from NumPy arrays bit by bit and brought back the same way.
+
+`CUPY_PAGED_TEST_FRAMEWORKS` (comma-separated) names the frameworks that must be there: a named
+one that is missing fails its tests, one not named and not installed is not parametrised.
+"""
+
+import functools
+import importlib
+import os
+
+import numpy as np
+import pytest
+
+REQUIRED = frozenset(filter(None, os.environ.get("CUPY_PAGED_TEST_FRAMEWORKS", "").split(",")))
+
+
+def _buffer(array):
+    """The bytes of the array that owns `array`'s memory, and where in it `array` begins."""
+    if array.size == 0:
+        return np.zeros(array.itemsize, np.uint8), 0
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if not owner.flags.c_contiguous:
+        owner = array = array.copy(order="C")
+    start = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
+    return owner.reshape(-1).view(np.uint8), start
+
+
+class NumPy:
+    """Host arrays; the identity, but for a copy that keeps the strides."""
+
+    name = "numpy"
+    writable = True
+    float8 = True
+
+    def array(self, array):
+        buffer, start = _buffer(array)
+        return np.ndarray(array.shape, array.dtype, buffer.copy(), start, array.strides)
+
+    def numpy(self, array):
+        assert isinstance(array, np.ndarray)
+        return array
+
+    def owns(self, array):
+        return isinstance(array, np.ndarray)
+
+
+class Torch:
+    """torch tensors on `device`; strides are kept."""
+
+    writable = True
+    float8 = True
+
+    def __init__(self, device):
+        self.name = "torch"
+        self.torch = importlib.import_module("torch")
+        self.device = self.torch.device(device)
+        if self.device.type == "cuda" and not self.torch.cuda.is_available():
+            raise ImportError("torch sees no CUDA device")
+
+    def array(self, array):
+        buffer, start = _buffer(array)
+        item = array.dtype.itemsize
+        dtype = getattr(self.torch, array.dtype.name)
+        flat = self.torch.from_numpy(buffer.copy()).to(self.device).view(dtype)
+        strides = [stride // item for stride in array.strides]
+        return self.torch.as_strided(flat, array.shape, strides, start // item)
+
+    def fill(self, array, new):
+        array.copy_(self.array(new))
+
+    def synchronize(self):
+        self.torch.cuda.synchronize()
+
+    def numpy(self, array):
+        dtype = np.dtype(_numpy_dtype(str(array.dtype).removeprefix("torch.")))
+        flat = array.detach().cpu().contiguous().reshape(-1)
+        return flat.view(self.torch.uint8).numpy().view(dtype).reshape(array.shape)
+
+    def owns(self, array):
+        return isinstance(array, self.torch.Tensor) and array.device.type == self.device.type
+
+
+class Jax:
+    """JAX arrays on the first device of `platform`; always contiguous, never written."""
+
+    writable = False
+    float8 = True
+
+    def __init__(self, platform):
+        self.name = "jax"
+        self.jax = importlib.import_module("jax")
+        self.platform = platform
+        try:
+            self.device = self.jax.devices(platform)[0]
+        except RuntimeError as error:
+            raise ImportError(f"JAX sees no {platform} device") from error
+
+    def array(self, array):
+        return self.jax.device_put(np.ascontiguousarray(array), self.device)
+
+    def numpy(self, array):
+        return np.array(array)
+
+    def owns(self, array):
+        return isinstance(array, self.jax.Array) and array.device.platform == self.device.platform
+
+
+class CuPy:
+    """CuPy arrays; strides are kept. CuPy has no float8: those become uint8."""
+
+    name = "cupy"
+    writable = True
+    float8 = False
+
+    def __init__(self):
+        self.cupy = importlib.import_module("cupy")
+        if not self.cupy.is_available():
+            raise ImportError("CuPy sees no CUDA device")
+
+    def array(self, array):
+        if array.dtype.name.startswith("float8"):
+            array = array.view(np.uint8)
+        buffer, start = _buffer(array)
+        memory = self.cupy.asarray(buffer).data + start
+        return self.cupy.ndarray(array.shape, array.dtype, memory, array.strides)
+
+    def fill(self, array, new):
+        self._bits(array)[...] = self._bits(self.array(new))
+
+    def synchronize(self):
+        self.cupy.cuda.Device().synchronize()
+
+    def numpy(self, array):
+        return self._bits(array).get().view(array.dtype)
+
+    def owns(self, array):
+        return isinstance(array, self.cupy.ndarray)
+
+    def _bits(self, array):
+        """`array` as unsigned integers: CuPy moves those without knowing bfloat16."""
+        return array.view(f"u{array.dtype.itemsize}")
+
+
+class Missing:
+    """A framework that was asked for by name and is not there: using it fails the test."""
+
+    def __init__(self, name, error):
+        self.name, self.error = name, error
+        self.writable = True
+
+    def __getattr__(self, attribute):
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {self.name}, but: {self.error}")
+
+
+def _numpy_dtype(name):
+    ml_dtypes = importlib.import_module("ml_dtypes")
+    return getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else name
+
+
+def writable(adapters):
+    """Those whose arrays an operator may write."""
+    return [arrays for arrays in adapters if arrays.writable]
+
+
+def _present(makers):
+    for name, make in makers.items():
+        try:
+            yield make()
+        except ImportError as error:
+            if name in REQUIRED:
+                yield Missing(name, error)
+
+
+@functools.cache
+def host():
+    """The adapters of host arrays; NumPy first."""
+    return list(
+        _present({"numpy": NumPy, "torch": lambda: Torch("cpu"), "jax": lambda: Jax("cpu")})
+    )
+
+
+@functools.cache
+def device():
+    """The adapters of GPU arrays; CuPy, which the library needs, first."""
+    return [
+        CuPy(),
+        *_present({"torch": lambda: Torch("cuda"), "jax": lambda: Jax("cuda")}),
+    ]

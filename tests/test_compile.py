@@ -1,0 +1,230 @@
+"""Kernels compile for every architecture, without a GPU, and keep their state in registers.
+
+The specialisations are the ones that the ops ask for: a fixed set that many models use, and a
+sample of the rest, another one for each architecture.
+"""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import random
+
+import pytest
+
+from cupy_paged import attention_kernels as attention
+from cupy_paged import cache_ops, gpu, merge
+from cupy_paged.attention_kernels import HeadProblem, attention_plan, combine_kernel
+from cupy_paged.cache_ops import convert_kernel, write_kernel
+from cupy_paged.compiler import Kernel, flatten, options
+from cupy_paged.dtypes import FLOATS, itemsize
+from cupy_paged.launch import ParamStruct
+from cupy_paged.merge import merge_kernel
+from support import nvrtc
+
+pytest.importorskip("cupy", reason="CuPy brings NVRTC: the cuda12 and cuda13 extras have it")
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+SAMPLE = 6  # specialisations of paged_attention for each architecture, beside the fixed ones
+
+REGISTERS_OF_AN_SM = 64 * 1024
+CUPY_OPTIONS = ("-ftz=true",)  # what CuPy adds of its own
+
+DTYPES = [(query, cache) for query in FLOATS for cache in (query, "float8_e4m3fn", "float8_e5m2")]
+LAYOUTS = ("vllm", "HND", "NHD")
+HEAD_SIZES = (8, 16, 32, 48, 64, 80, 96, 112, 120, 128, 160, 192, 256, 320, 512)
+BLOCK_SIZES = (1, 7, 8, 16, 32, 64, 128, 256)
+GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64)
+SCRATCH = (None, "float32", "query")
+
+
+def common_problems() -> list[HeadProblem]:
+    """What popular models ask for."""
+    shapes = [("vllm", 128, 1), ("HND", 128, 4), ("NHD", 128, 8), ("HND", 64, 3), ("NHD", 256, 2)]
+    return [
+        HeadProblem("bfloat16", "bfloat16", layout, head_size, 16, group_size, 16, 16, False, False)
+        for layout, head_size, group_size in shapes
+    ]
+
+
+def sampled_problem(rng: random.Random) -> HeadProblem:
+    query, cache = rng.choice(DTYPES)
+    layout = rng.choice(LAYOUTS)
+    head_size, block_size = rng.choice(HEAD_SIZES), rng.choice(BLOCK_SIZES)
+    size = itemsize(cache)
+    if layout == "vllm":
+        head_size = -(-head_size * size // 16) * 16 // size
+        key_row, value_row = 16, block_size * size
+    else:
+        key_row = value_row = head_size * size
+
+    def alignment(row: int) -> int:
+        return rng.choice([n for n in (1, 2, 4, 8, 16) if n >= size and row % n == 0])
+
+    return HeadProblem(
+        query_dtype=query,
+        cache_dtype=cache,
+        layout=layout,
+        head_size=head_size,
+        block_size=block_size,
+        group_size=rng.choice(GROUP_SIZES),
+        key_alignment=alignment(key_row),
+        value_alignment=alignment(value_row),
+        has_alibi=rng.random() < 0.25,
+        is_block_sparse=rng.random() < 0.25,
+    )
+
+
+def attention_kernels(sm: int) -> list[Kernel]:
+    rng = random.Random(sm)
+    shared = gpu.shared_bytes_of(sm)
+    kernels = [
+        attention_plan(problem, sm, shared, "float32").kernel for problem in common_problems()
+    ]
+    for _ in range(SAMPLE):
+        problem = sampled_problem(rng)
+        scratch = rng.choice(SCRATCH)
+        scratch = problem.query_dtype if scratch == "query" else scratch
+        kernels.append(attention_plan(problem, sm, shared, scratch).kernel)
+    return kernels
+
+
+def combine_kernels(sm: int) -> list[Kernel]:
+    rng = random.Random(sm)
+    dtypes = [(query, scratch) for query, _ in DTYPES[::3] for scratch in {query, "float32"}]
+    return [
+        combine_kernel(query, scratch, rng.choice(HEAD_SIZES)) for query, scratch in sorted(dtypes)
+    ]
+
+
+def merge_kernels(sm: int) -> list[Kernel]:
+    rng = random.Random(sm)
+    return [
+        merge_kernel(dtype, output, rng.choice(HEAD_SIZES), rng.choice((1, 2, 4)))
+        for dtype in FLOATS
+        for output in (dtype, "float8_e4m3fn")
+    ]
+
+
+def write_kernels(sm: int) -> list[Kernel]:
+    rng = random.Random(sm)
+    kernels = []
+    for dtype, cache in DTYPES:
+        most = 16 // itemsize(dtype)
+        widths = [width for width in (1, 2, 4, 8) if width <= most]
+        sizes = 16 * rng.randint(1, 32), rng.choice(BLOCK_SIZES)
+        layout = rng.choice(LAYOUTS)
+        kernels.append(
+            write_kernel(dtype, cache, layout, *sizes, rng.choice(widths), rng.choice(widths))
+        )
+    return kernels
+
+
+def convert_kernels(sm: int) -> list[Kernel]:
+    pairs = itertools.product(FLOATS, ("float8_e4m3fn", "float8_e5m2"))
+    return [convert_kernel(*order) for pair in pairs for order in (pair, pair[::-1])]
+
+
+SETS = {
+    "paged_attention": attention_kernels,
+    "combine_partitions": combine_kernels,
+    "merge_attn_states": merge_kernels,
+    "reshape_and_cache": write_kernels,
+    "convert_fp8": convert_kernels,
+}
+
+PARAMS = {
+    "paged_attention.cu": attention.PARAMS,
+    "merge_attn_states.cu": merge.PARAMS,
+    "reshape_and_cache.cu": cache_ops.WRITE_PARAMS,
+    "convert_fp8.cu": cache_ops.CONVERT_PARAMS,
+}
+
+
+def flaws(kernel: Kernel, sm: int) -> str | None:
+    """What is wrong with a kernel on an architecture. None if nothing is."""
+    try:
+        compiled = nvrtc.compile(
+            flatten(kernel.source), [kernel.name], sm, (*options(), *CUPY_OPTIONS)
+        )
+    except nvrtc.CompileError as error:
+        return str(error)
+    used = compiled.kernels[kernel.name]
+    shared = kernel.shared_bytes + used.static_smem
+    if used.spill_stores or used.spill_loads or used.stack:
+        return f"spills: {used} in {kernel.name}"
+    if used.registers * kernel.num_threads > REGISTERS_OF_AN_SM:
+        return f"does not fit a multiprocessor: {used} in {kernel.name}"
+    if shared > gpu.shared_bytes_of(sm):
+        return f"{shared} bytes of shared memory in {kernel.name}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def workers():
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("kernels", SETS)
+def test_kernels_compile_without_spills(workers, kernels, sm):
+    chosen = SETS[kernels](sm)
+    found = [flaw for flaw in workers.map(flaws, chosen, itertools.repeat(sm)) if flaw]
+    assert not found, f"{len(found)} of {len(chosen)} kernels:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(("filename", "params"), PARAMS.items(), ids=PARAMS)
+def test_params_have_the_layout_that_python_packs(filename: str, params: ParamStruct):
+    """A byte out of place would be read as another argument."""
+    sizes = {"pointer": 8, "int64": 8, "int": 4, "float": 4}
+    # NVRTC has no offsetof; this is what its front end makes of one.
+    asserts = ["#define OFFSET(T, field) __INTADDR__(&(((T*)0)->field))"]
+    name, offset = f"cupy_paged::{params.cpp_name}", 0
+    for field, kind in params.fields.items():
+        asserts.append(f'static_assert(OFFSET({name}, {field}) == {offset}, "{field}");')
+        offset += sizes[kind]
+    asserts.append(f'static_assert(sizeof({name}) == {params.size}, "size");')
+    nvrtc.compile("\n".join([flatten(filename), *asserts]), [], 80, options())
+
+
+def test_compiler_knows_every_architecture():
+    assert set(ARCHITECTURES) <= set(nvrtc.supported_architectures())
+
+
+def test_spills_are_seen():
+    source = """
+    __global__ void __launch_bounds__(1024) kernel(const float* in, float* out) {
+        float x[200];
+        for (int i = 0; i < 200; i++) x[i] = in[i * 1024 + threadIdx.x];
+        __syncthreads();
+        for (int i = 0; i < 200; i++) out[i * 1024 + threadIdx.x] = x[199 - i] * x[i];
+    }
+    """
+    used = nvrtc.compile(source, ["kernel"], 80).kernels["kernel"]
+    assert used.spill_stores > 0
+    assert used.spill_loads > 0
+    assert used.stack > 0
+
+
+def test_shared_memory_and_lowered_names_are_read():
+    source = """
+    template <int N> __global__ void kernel(float* out) {
+        __shared__ float x[N];
+        x[threadIdx.x] = out[threadIdx.x];
+        __syncthreads();
+        out[threadIdx.x] = x[N - 1 - threadIdx.x];
+    }
+    """
+    compiled = nvrtc.compile(source, ["kernel<64>", "kernel<32>"], 90)
+    assert {name: used.static_smem for name, used in compiled.kernels.items()} == {
+        "kernel<64>": 256,
+        "kernel<32>": 128,
+    }
+    assert compiled.cubin.startswith(b"\x7fELF")
+
+
+def test_compile_error_shows_the_log():
+    with pytest.raises(nvrtc.CompileError, match="undefined_name"):
+        nvrtc.compile("__global__ void kernel() { undefined_name(); }", ["kernel"], 75)

@@ -1,0 +1,201 @@
+"""`python -m cupy_paged info`: what it finds, what it calls missing, and the command it prints."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cupy_paged import __main__, __version__, info
+from support.receipt import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BLOCKED = """
+import runpy, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+sys.argv = ["cupy_paged", "info"]
+runpy.run_module("cupy_paged", run_name="__main__")
+"""
+
+
+class Driver:
+    """Stands in for libcuda: `cuda` is its CUDA version, `gpus` are (name, major, minor)."""
+
+    def __init__(self, cuda: int, gpus=(), init_error: int = 0):
+        self.cuda = cuda
+        self.gpus = gpus
+        self.init_error = init_error
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = self.cuda
+        return 0
+
+    def cuInit(self, flags):
+        return self.init_error
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.gpus)
+        return 0
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = ordinal
+        return 0
+
+    def cuDeviceGetName(self, name, length, device):
+        name.value = self.gpus[device.value][0].encode()
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory, device):
+        memory._obj.value = 80 * 2**30
+        return 0
+
+    def cuDeviceGetAttribute(self, value, number, device):
+        _, major, minor = self.gpus[device.value]
+        value._obj.value = {75: major, 76: minor, 16: 132}[number]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    def install(*arguments, **keywords) -> None:
+        monkeypatch.setattr(info, "_cuda_driver", lambda: Driver(*arguments, **keywords))
+
+    return install
+
+
+def run_info(**variables: str) -> str:
+    """The report of a new process in which neither CuPy nor a framework can be imported."""
+    names = {"cupy", "cupy_backends", "cuda", "torch", "jax", "ml_dtypes"}
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(names=names)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def missing(report: info.Report) -> dict[str, str]:
+    return {problem.what: problem.remedy for problem in report.problems}
+
+
+def test_report_needs_numpy_alone():
+    report = run_info()
+    assert f"cupy-paged    {__version__}" in report
+    assert re.search(r"^kernels +\S.*\(\d+ files, sha256 [0-9a-f]{12}\)$", report, re.M)
+    assert re.search(r"^numpy +\d", report, re.M)
+    assert "missing: CuPy\n    mend:  pip install 'cupy-cuda1" in report
+    assert "Host arrays run on the NumPy backend." in report
+
+
+def test_unusable_home_names_the_variable():
+    pytest.importorskip("cupy")
+    done = subprocess.run(
+        [sys.executable, "-m", "cupy_paged", "info"],
+        cwd=ROOT,
+        env={**os.environ, "HOME": os.devnull, "CUPY_CACHE_DIR": os.devnull},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a kernel cache that CuPy can write" in done.stdout
+    assert "export CUPY_CACHE_DIR=" in done.stdout
+
+
+def test_commands_install_what_the_extras_install():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert [list(info.REQUIREMENTS[major]) for major in (12, 13)] == [
+        extras["cuda12"],
+        extras["cuda13"],
+    ]
+    oldest = ".".join(map(str, info.OLDEST_CUPY))
+    assert {f"{wheel}>={oldest}" for wheel, major in info.CUPY_WHEELS.items() if major} == {
+        info.REQUIREMENTS[major][0] for major in (12, 13)
+    }
+
+
+def test_devices_are_read_from_the_driver(driver):
+    driver(13000, [("NVIDIA H100 80GB HBM3", 9, 0), ("NVIDIA A10", 8, 6)])
+    assert info.driver_cuda_version() == "13.0"
+    first, second = info.devices()
+    assert str(first) == "NVIDIA H100 80GB HBM3, sm_90, 80.0 GiB, 132 SMs"
+    assert (second.ordinal, second.compute_capability) == (1, (8, 6))
+
+
+def test_without_a_driver_there_is_nothing_to_list(monkeypatch):
+    monkeypatch.setattr(info, "_cuda_driver", lambda: None)
+    assert info.driver_cuda_version() is None
+    assert info.devices() == []
+    assert "an NVIDIA driver" in missing(info.inspect())
+
+
+@pytest.mark.parametrize(
+    ("driver_arguments", "what"),
+    [
+        ((12090, [], 100), "a CUDA device"),
+        ((12090, []), "a CUDA device"),
+        ((12090, [("Tesla V100", 7, 0)]), "a device of sm_75 or newer"),
+    ],
+    ids=["init-fails", "none", "too-old"],
+)
+def test_driver_without_a_usable_device(driver, driver_arguments, what):
+    driver(*driver_arguments)
+    assert what in missing(info.inspect())
+
+
+def test_nvrtc_newer_than_the_driver_is_named(driver, monkeypatch):
+    driver(12090, [("NVIDIA A10", 8, 6)])
+    monkeypatch.setattr(info, "nvrtc_version", lambda: "13.0")
+    remedy = missing(info.inspect())["a driver for CUDA 13.0 (this one runs CUDA 12.9)"]
+    assert "cupy-cuda12x" in remedy
+
+
+@pytest.mark.parametrize(("cuda", "wheel"), [(12020, "cupy-cuda12x"), (13010, "cupy-cuda13x")])
+def test_suggested_cupy_follows_the_driver(driver, monkeypatch, cuda, wheel):
+    driver(cuda, [("NVIDIA A10", 8, 6)])
+    monkeypatch.setattr(info, "installed_version", lambda name: None)
+    assert wheel in info._install_command()
+
+
+def test_two_cupy_wheels_are_a_problem(monkeypatch):
+    monkeypatch.setattr(info, "installed_version", lambda name: "14.2.0")
+    found = missing(info.inspect())
+    assert "one CuPy: cupy and cupy-cuda12x and cupy-cuda13x are installed together" in found
+
+
+def test_part_that_fails_says_so_and_the_rest_goes_on(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken driver")
+
+    monkeypatch.setattr(info, "devices", fail)
+    report = info.inspect()
+    assert dict(report.rows)["devices"] == "RuntimeError: broken driver"
+    assert "numpy" in dict(report.rows)
+
+
+def test_everything_present_is_ready():
+    report = info.Report([("a", "b"), ("longer", "c")], [])
+    assert str(report) == "a       b\nlonger  c\n\nGPU kernels: ready."
+
+
+def test_no_command_prints_help(capsys):
+    assert __main__.main([]) == 0
+    assert "info" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        __main__.main(["--version"])
+    assert capsys.readouterr().out == f"cupy-paged {__version__}\n"

@@ -1,0 +1,174 @@
+"""The tests' own tools: the oracle against plain softmax, and inputs that bite."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cupy_paged import gpu
+from cupy_paged.arrays import array
+from cupy_paged.attention_kernels import HeadProblem, attention_plan
+from cupy_paged.layouts import geometry
+from support import cases, compare, data, frameworks, oracle
+from support.data import Case, build, needles
+
+
+def plain(problem):
+    """Attention over the dense tokens that the pools were filled from, by the naive formula."""
+    case = problem.case
+    out = np.zeros(problem.query.shape)
+    for seq, (key, value) in enumerate(problem.dense):
+        for head in range(case.num_heads) if len(key) else ():
+            k = oracle.values(key[:, head // case.group]) * case.scales[0]
+            v = oracle.values(value[:, head // case.group]) * case.scales[1]
+            weight = np.exp(problem.scale * (k @ oracle.values(problem.query[seq, head])))
+            out[seq, head] = weight / weight.sum() @ v
+    return out
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("strides", cases.STRIDES)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
+def test_oracle_reads_the_cache_that_was_written(layout, strides, kv_cache_dtype):
+    case = Case(layout=layout, strides=strides, kv_cache_dtype=kv_cache_dtype)
+    problem = build(case)
+    np.testing.assert_allclose(problem.expected[0], plain(problem), rtol=1e-12, atol=1e-14)
+    for cache in problem.key_cache, problem.value_cache:
+        assert cache.flags.c_contiguous == (strides == "contiguous")
+    assert np.isnan(problem.key_cache.astype(float)).any(), "the pool should be poisoned"
+
+
+def test_oracle_partitions_combine_to_its_output():
+    problem = build(Case(seq_lens=(100, 0, 16, 33), alibi=True))
+    out, lse = problem.expected
+    parts = problem.expected_partitions(16, 7)
+    with np.errstate(divide="ignore"):
+        log_sums = np.where(parts.exp_sums > 0, parts.max_logits + np.log(parts.exp_sums), -np.inf)
+    np.testing.assert_allclose(np.logaddexp.reduce(log_sums, axis=-1), lse, rtol=1e-12)
+    weight = np.exp(log_sums - np.where(np.isinf(lse), 0.0, lse)[..., None])
+    combined = np.einsum("shn,shnd->shd", weight, parts.tmp_out)
+    np.testing.assert_allclose(combined, out, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("head_size", [8, 64, 256])
+def test_a_dropped_or_shifted_needle_shows(head_size, group):
+    length, tokens = 1025, [0, 15, 16, 511, 512, 1024]
+    problem = needles(Case(head_size=head_size, group=group, seq_lens=()), length, tokens)
+    out, _ = problem.expected
+    for seq, token in enumerate(tokens):
+        row = problem.rows([seq])
+        rules = {**row.rules}
+        for head, logits, value, mask in oracle.heads_of(
+            row.query[0], row.key_cache, row.value_cache, row.block_tables[0], length, **rules
+        ):
+            size = np.linalg.norm(out[seq, head])
+            mask[token] = False
+            dropped, *_ = oracle.softmax_sum(logits[mask], value[mask])
+            shifted, *_ = oracle.softmax_sum(logits, np.roll(value, 1, axis=0))
+            for wrong in (dropped, shifted):
+                assert np.linalg.norm(wrong - out[seq, head]) > 0.5 * size
+
+
+def test_stretched_logits_reach_their_size():
+    problem = build(Case(seq_lens=(300, 7)), logits=80.0)
+    for seq, seq_len in enumerate(problem.case.seq_lens):
+        row = problem.query[seq], problem.key_cache, problem.value_cache
+        for _, logits, _, _ in oracle.heads_of(
+            *row, problem.block_tables[seq], seq_len, **problem.rules
+        ):
+            assert 79.0 < np.abs(logits).max() < 81.0
+
+
+def test_block_sparse_rule_by_hand():
+    # 40 tokens, pages of 4, sparse blocks of 8: the newest token lies in block 4.
+    rule = oracle.BlockSparse(1, 3, 8, 1, 0)
+    for head, blocks in ((0, {2, 4}), (1, {1, 4}), (2, {0, 3, 4})):
+        mask = oracle.attended(40, head, 4, 2, 4, rule)
+        assert set(np.flatnonzero(mask) // 8) == blocks
+    # A negative step slides on KV heads: heads 0 and 1 share one, and rank 1 starts at KV head 2.
+    rule = oracle.BlockSparse(0, 4, 8, -1, 1)
+    masks = [oracle.attended(40, head, 4, 2, 4, rule) for head in range(4)]
+    assert [set(np.flatnonzero(m) // 8) for m in masks] == [{1}, {1}, {0, 4}, {0, 4}]
+
+
+@pytest.mark.parametrize("arrays", frameworks.host(), ids=lambda arrays: arrays.name)
+@pytest.mark.parametrize("dtype", data.DTYPES)
+def test_frameworks_keep_bits_and_strides(arrays, dtype):
+    codes = np.arange(240, dtype=np.uint8)
+    array = codes.view(data.DTYPES[dtype])[: 240 // data.DTYPES[dtype].itemsize].reshape(2, 5, -1)
+    array = array[:, 1:4:2]
+    made = arrays.array(array)
+    assert arrays.owns(made)
+    compare.bitwise(arrays.numpy(made), array)
+    if arrays.name == "torch":
+        assert [s * made.element_size() for s in made.stride()] == list(array.strides)
+    if arrays.name == "numpy":
+        assert made.strides == array.strides
+
+
+def test_comparison_finds_one_wrong_element():
+    want = np.random.default_rng(0).standard_normal((3, 4, 16))
+    right = want.astype(np.float32)
+    compare.close(right, want, "float32")
+    for wrong_value, message in ((np.nan, "NaN"), (np.inf, "inf"), (9.0, r"\(2, 1\).*element 7")):
+        wrong = right.copy()
+        wrong[2, 1, 7] = wrong_value
+        with pytest.raises(AssertionError, match=message):
+            compare.close(wrong, want, "float32")
+    off = right.copy()
+    off[0, 3, 2] = np.nextafter(off[0, 3, 2], 9)
+    with pytest.raises(AssertionError, match=r"\(0, 3, 2\)"):
+        compare.bitwise(off, right)
+    with pytest.raises(AssertionError, match="dtype float32"):
+        compare.close(right, want, "float16")
+
+
+@pytest.mark.parametrize("drawn", [cases.HOST, cases.GPU], ids=["host", "gpu"])
+def test_every_axis_of_the_cases_is_covered(drawn):
+    assert {case.head_size for case in drawn} >= set(cases.HEAD_SIZES)
+    assert {case.block_size for case in drawn} >= set(cases.BLOCK_SIZES)
+    assert {case.group for case in drawn} >= set(cases.GROUPS)
+    assert {case.layout for case in drawn} == set(cases.LAYOUTS)
+    assert {(case.dtype, case.cache_dtype.name) for case in drawn} >= {
+        (dtype, cache)
+        for dtype in cases.DTYPES
+        for cache in ("float8_e4m3fn", "float8_e5m2", dtype)
+    }
+
+
+def test_every_axis_of_the_cases_for_tensor_cores_is_covered():
+    drawn = cases.TENSOR_CORES
+    assert {case.head_size for case in drawn} == set(cases.TENSOR_HEAD_SIZES)
+    assert {case.block_size for case in drawn} >= set(cases.TENSOR_BLOCK_SIZES)
+    assert {case.group for case in drawn} == set(cases.TENSOR_GROUPS)
+    assert {(case.layout, case.cache_dtype.itemsize, case.alibi) for case in drawn} == {
+        (layout, size, alibi) for layout in cases.LAYOUTS for size in (1, 2) for alibi in (0, 1)
+    }
+    assert {(case.dtype, case.cache_dtype.name) for case in drawn} == {
+        (dtype, cache)
+        for dtype in ("float16", "bfloat16")
+        for cache in ("float8_e4m3fn", "float8_e5m2", dtype)
+    }
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("case", cases.TENSOR_CORES, ids=str)
+def test_the_cases_for_tensor_cores_reach_them(case, sm):
+    problem = build(replace(case, seq_lens=(3,)))
+    keys, values = (array(a, "cache") for a in (problem.key_cache, problem.value_cache))
+    cache = geometry(case.layout, keys, values, case.cache_dtype.name)
+    head = HeadProblem(
+        case.dtype,
+        case.cache_dtype.name,
+        case.layout,
+        case.head_size,
+        case.block_size,
+        case.group,
+        cache.key_alignment,
+        cache.value_alignment,
+        case.alibi,
+        is_block_sparse=False,
+    )
+    plan = attention_plan(head, sm, gpu.shared_bytes_of(sm), "float32")
+    assert plan.kernel.source == "paged_attention_mma.cu"
