@@ -1,0 +1,1 @@
+"""A small Llama runtime over cupy_paged: what `examples/generate.py` is made of."""
