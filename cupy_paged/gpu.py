@@ -95,7 +95,8 @@ def record(stream: int) -> Any:
 
 def wait(stream: int, other: int) -> None:
     """Lets later work of `stream` wait for the work that `other` has been given so far."""
-    cupy().cuda.runtime.streamWaitEvent(stream, record(other).ptr)
+    event = record(other)  # must outlive the next call
+    cupy().cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
 @contextlib.contextmanager
