@@ -1,0 +1,28 @@
+"""`python -m benchmarks`: run, compare, render."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from benchmarks import compare, render, run
+
+COMMANDS = (run, compare, render)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Benchmarks of cupy_paged, and of its peers."
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return arguments.command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

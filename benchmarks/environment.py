@@ -1,0 +1,55 @@
+"""On what a result was measured."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from cupy_paged import __version__, compiler, info
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("flashinfer-python",)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cuda_runtime() -> str | None:
+    try:
+        import cupy
+
+        version = cupy.cuda.runtime.runtimeGetVersion()
+    except Exception:
+        return None
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def describe() -> dict[str, Any]:
+    changed = _git("status", "--porcelain", "--", "cupy_paged", "kernels")
+    devices = info.devices()
+    return {
+        "device": devices[0].name if devices else None,
+        "devices": [str(device) for device in devices],
+        "driver": info.driver_version(),
+        "driver_cuda": info.driver_cuda_version(),
+        "cuda_runtime": _cuda_runtime(),
+        "nvrtc": info.nvrtc_version(),
+        "python": platform.python_version(),
+        "versions": {
+            **info.framework_versions(),
+            **{name: info.installed_version(name) for name in PEERS},
+        },
+        "cupy_paged": __version__,
+        "commit": _git("rev-parse", "HEAD"),
+        "changed_since_commit": None if changed is None else bool(changed),
+        "kernels_sha256": compiler.sources_digest(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
