@@ -224,7 +224,8 @@ def _from_jax(x: Any, name: str, stream: int | None) -> Array:
     dtype = _checked_dtype(x.dtype.name, name)
     if next(iter(devices)).platform == "cpu":
         return _on_host(name, x, "jax", dtype, np.asarray(x).view(STORAGE[dtype]), False)
-    return _from_dlpack(x, name, stream)._replace(framework="jax", dtype=dtype, writable=False)
+    found = _from_dlpack(x, name, stream, unordered=None)
+    return found._replace(framework="jax", dtype=dtype, writable=False)
 
 
 # ---- DLPack, read without consuming the capsule ----
@@ -290,7 +291,7 @@ def _read_capsule(capsule: Any) -> tuple[_DLTensor, bool]:
     return _DLTensor.from_address(pointer), True
 
 
-def _capsule(x: Any, **where: int) -> Any:
+def _capsule(x: Any, **where: int | None) -> Any:
     """A versioned capsule, which knows whether it is read-only, from a producer that has them."""
     try:
         return x.__dlpack__(max_version=(1, 0), **where)
@@ -298,10 +299,21 @@ def _capsule(x: Any, **where: int) -> Any:
         return x.__dlpack__(**where)
 
 
-def _from_dlpack(x: Any, name: str, stream: int | None) -> Array:
-    if x.__dlpack_device__()[0] in (_DL_CUDA, _DL_CUDA_MANAGED):
+def _from_dlpack(x: Any, name: str, stream: int | None, unordered: int | None = -1) -> Array:
+    """Describes what a DLPack producer holds.
+
+    unordered    the `stream` that tells the producer to order nothing, for a graph's capture: -1 by
+                 the protocol. JAX takes that for a pointer; its None waits on the host instead.
+    """
+    kind, device = x.__dlpack_device__()
+    if kind in (_DL_CUDA, _DL_CUDA_MANAGED):
         # DLPack numbers the legacy default stream 1, where CUDA has the null pointer.
-        capsule = _capsule(x, stream=stream or 1)
+        consumer = stream or 1
+        if gpu.is_capturing(device, consumer):
+            consumer = unordered
+        # torch exports from the current device alone, and stream 1 is each device's own.
+        with gpu.cupy().cuda.Device(device):
+            capsule = _capsule(x, stream=consumer)
     else:
         capsule = _capsule(x)
     tensor, writable = _read_capsule(capsule)
@@ -344,11 +356,12 @@ def _from_cuda_array_interface(x: Any, name: str, stream: int | None) -> Array:
     shape = tuple(interface["shape"])
     strides = interface.get("strides")
     pointer, read_only = interface["data"]
-    if interface.get("stream") is not None and stream is not None:
-        gpu.wait(stream, interface["stream"])
     if strides is None:
         strides = _packed_strides(shape)
     else:
         strides = _element_strides(tuple(strides), dtype.itemsize, name)
-    device = gpu.device_of_pointer(pointer)
+    device, producer = gpu.device_of_pointer(pointer), interface.get("stream")
+    # A capture cannot wait for work outside of it.
+    if None not in (producer, stream) and not gpu.is_capturing(device, stream):
+        gpu.wait(device, stream, producer)
     return Array(name, x, "dlpack", dtype.name, shape, strides, pointer, device, not read_only)

@@ -13,23 +13,28 @@ from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import itemsize
 from cupy_paged.launch import ParamStruct
 
-PARTITION_SIZE = 512
-"""Tokens that one thread block sums up on its own, unless the caller's scratch says otherwise."""
+# Tokens of a partition, by the sequence's own length: the same numbers as in kernels/schedule.cuh.
+MIN_PARTITION_SIZE, MAX_PARTITION_SIZE = 512, 2048
+ENOUGH_PARTITIONS = 64
+BY_LENGTH = 0  # in place of a partition size
+
+WORK_COUNTERS = 2  # that come before the arrivals in `Work` of kernels/attention_params.cuh
 
 NUM_THREADS = 128
 MAX_STAGE_BYTES = 32 * 1024  # of keys and values in flight at once
 MAX_QUERY_FLOATS = 4096  # query channels that a thread block keeps
 HEADS_PER_THREAD = 8
 
-MMA_WARPS = 4
-MMA_MAX_STAGES = 6
+MMA_WORKERS = 4  # warps
+MMA_ORDERS = 3
+MMA_MAX_SLOTS = 32  # tiles in flight
 RESERVED_BYTES = 1024  # of shared memory, by the system, for each thread block
 
 PARAMS = ParamStruct(
     "AttentionParams",
     """
     pointer  out lse tmp_out exp_sums max_logits query key_cache value_cache block_tables seq_lens
-    pointer  alibi_slopes k_scale_array v_scale_array
+    pointer  alibi_slopes k_scale_array v_scale_array work
     int64    query_stride_seq query_stride_head out_stride_seq out_stride_head
     int64    key_strides.block key_strides.head key_strides.token
     int64    value_strides.block value_strides.head value_strides.token block_tables_stride
@@ -52,15 +57,33 @@ class HeadProblem(NamedTuple):
     group_size: int  # query heads per KV head
     key_alignment: int  # bytes
     value_alignment: int
+    query_alignment: int
     has_alibi: bool
     is_block_sparse: bool
 
 
 class Plan(NamedTuple):
-    """A kernel, and how many of its thread blocks share a KV head."""
+    """The kernels of a problem, and how many of its thread blocks share a KV head."""
 
     kernel: Kernel
     tiles_per_group: int
+    combine: Kernel | None  # joins partitions, where the first kernel leaves that to a second
+
+
+def partition_size_of(seq_len: int) -> int:
+    """Tokens of a partition of a sequence, where no caller's scratch decides."""
+    size = MIN_PARTITION_SIZE
+    while size < MAX_PARTITION_SIZE and size * ENOUGH_PARTITIONS <= seq_len:
+        size *= 2
+    return size
+
+
+def most_partitions(capacity: int) -> int:
+    """Partitions that a sequence of up to `capacity` tokens can have."""
+    longest_of_most = min(capacity, MIN_PARTITION_SIZE * ENOUGH_PARTITIONS)
+    return max(
+        -(-longest_of_most // MIN_PARTITION_SIZE), -(-capacity // partition_size_of(capacity)), 1
+    )
 
 
 def _up(size: int, multiple: int) -> int:
@@ -78,15 +101,11 @@ def attention_plan(
     scratch_dtype    dtype of tmp_out; None where each sequence is one partition and goes
                      straight to the output
     """
-    if scratch_dtype is None:
-        sink = template("ToOutput", cpp(problem.query_dtype))
-    else:
-        sink = template("ToPartitions", cpp(scratch_dtype))
-    on_tensor_cores = sm >= 80 and _mma_plan(problem, sm, shared_limit, sink)
-    return on_tensor_cores or _cuda_core_plan(problem, shared_limit, sink)
+    on_tensor_cores = sm >= 80 and _mma_plan(problem, sm, shared_limit, scratch_dtype or "float32")
+    return on_tensor_cores or _cuda_core_plan(problem, shared_limit, scratch_dtype)
 
 
-def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, sink: str) -> Plan | None:
+def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: str) -> Plan | None:
     """A kernel of paged_attention_mma.cu; None for what it does not do.
 
     Its products are of 16-bit operands and its copies of 16 bytes, and matrix instructions cannot
@@ -104,25 +123,29 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, sink: str) -> Pl
         or (by_channel and problem.block_size * size % 16)
     ):
         return None
-    group = 8 if problem.group_size <= 8 or head_size > 128 else 16
+    tiles_per_group = -(-problem.group_size // (16 if head_size <= 128 else 8))
+    heads = -(-problem.group_size // tiles_per_group)
+    columns = -(-heads // 8)
 
-    # The same sizes as in kernels/warp_tiles.cuh and kernels/paged_attention_mma.cu.
-    padded_row = (head_size * size // 16 | 1) * 16
-    key_bytes = value_bytes = 16 * (head_size * size if by_channel else padded_row)
-    stage_bytes = MMA_WARPS * (key_bytes + value_bytes)
-    join_bytes = (MMA_WARPS // 2 * (head_size + 4) + 2 * MMA_WARPS) * group * 4
-    join_bytes += MMA_WARPS * MMA_MAX_STAGES * 8  # barriers
-    join_bytes += MMA_WARPS * MMA_MAX_STAGES * 8  # barriers
+    # The same sizes as in kernels/warp_tiles.cuh, warp_states.cuh and paged_attention_mma.cu.
+    chunks = head_size * size // 16
+    padded = not by_channel and chunks % 8
+    tile_bytes = 2 * 16 * 16 * (chunks | 1 if padded else chunks)
+    order_bytes = heads * (head_size + 8) * 2 + 112
+    states = max(MMA_WORKERS // 2 * heads, MMA_WORKERS * min(heads, 4 if head_size <= 128 else 2))
+    other_bytes = MMA_ORDERS * (order_bytes + 2 * 56) + states * (head_size + 4 + 2) * 4
+    other_bytes += MMA_WORKERS * heads * 4 + 16 * MMA_MAX_SLOTS + 64
 
-    # Two thread blocks an SM hide each other's pauses, if each still has three stages.
-    for blocks, fewest in ((2, 3), (1, 2)):
-        room = (shared_limit + RESERVED_BYTES) // blocks - RESERVED_BYTES - join_bytes
-        stages = min(room // stage_bytes, MMA_MAX_STAGES)
-        if stages >= fewest:
+    # Two thread blocks an SM hide each other's pauses, where registers and shared memory allow. A
+    # slot is one worker's, who takes its tiles in order.
+    for blocks in (2, 1):
+        room = (shared_limit + RESERVED_BYTES) // blocks - RESERVED_BYTES - other_bytes
+        slots = min(room // tile_bytes, MMA_MAX_SLOTS) // MMA_WORKERS * MMA_WORKERS
+        if slots > 0 and (blocks == 1 or head_size * columns <= 128):
             break
     else:
         return None
-    shared_bytes = _up(stages * stage_bytes + join_bytes, 16)
+    shared_bytes = _up(slots * tile_bytes + other_bytes, 16)
     name = template(
         "paged_attention_mma",
         cpp(problem.query_dtype),
@@ -130,23 +153,34 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, sink: str) -> Pl
         cpp("Vllm" if by_channel else "Rows"),
         head_size,
         problem.block_size,
-        group,
-        MMA_WARPS,
-        stages,
+        heads,
+        MMA_WORKERS,
+        slots,
         "true" if sm >= 90 and by_channel and problem.block_size == 16 else "false",
+        16 if problem.query_alignment == 16 else 2,
         shared_bytes,
+        blocks,
         cpp("Alibi" if problem.has_alibi else "NoBias"),
-        sink,
+        cpp(scratch_dtype),
     )
-    kernel = Kernel("paged_attention_mma.cu", name, 32 * MMA_WARPS, shared_bytes)
-    return Plan(kernel, -(-problem.group_size // group))
+    kernel = Kernel("paged_attention_mma.cu", name, 32 * (MMA_WORKERS + 2), shared_bytes)
+    return Plan(kernel, tiles_per_group, None)
 
 
-def _cuda_core_plan(problem: HeadProblem, shared_limit: int, sink: str) -> Plan:
+def _cuda_core_plan(problem: HeadProblem, shared_limit: int, scratch_dtype: str | None) -> Plan:
     """A kernel of paged_attention.cu, which does everything."""
     size = itemsize(problem.cache_dtype)
     head_size, block_size = problem.head_size, problem.block_size
     by_channel = problem.layout == "vllm"
+
+    combine = None
+    if scratch_dtype is None:
+        sink = template("ToOutput", cpp(problem.query_dtype))
+    else:
+        sink = template("ToPartitions", cpp(scratch_dtype))
+        dtypes = cpp(problem.query_dtype), cpp(scratch_dtype)
+        combining = template("combine_partitions", *dtypes, head_size, NUM_THREADS)
+        combine = Kernel("combine_partitions.cu", combining, NUM_THREADS)
 
     # Tokens of a tile: a warp's worth, fewer where rows are long.
     tile = 32
@@ -197,13 +231,4 @@ def _cuda_core_plan(problem: HeadProblem, shared_limit: int, sink: str) -> Plan:
         sink,
     )
     kernel = Kernel("paged_attention.cu", name, NUM_THREADS, shared_bytes(stages))
-    return Plan(kernel, tiles_per_group)
-
-
-@functools.lru_cache(maxsize=256)
-def combine_kernel(query_dtype: str, scratch_dtype: str, head_size: int) -> Kernel:
-    """The kernel that joins partitions."""
-    name = template(
-        "combine_partitions", cpp(query_dtype), cpp(scratch_dtype), head_size, NUM_THREADS
-    )
-    return Kernel("combine_partitions.cu", name, NUM_THREADS)
+    return Plan(kernel, tiles_per_group, combine)

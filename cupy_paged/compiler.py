@@ -109,7 +109,7 @@ def load(kernel: Kernel, device: int, stream: int) -> Loaded:
     key = (kernel, device, gpu.emulated_sm())
     found = _loaded.get(key)
     if found is None:
-        if gpu.is_capturing(stream):
+        if gpu.is_capturing(device, stream):
             raise RuntimeError(
                 f"{kernel.name} is used for the first time inside a CUDA graph capture, where it "
                 "cannot be compiled: call the op once with the same shapes and dtypes before"

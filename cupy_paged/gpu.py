@@ -79,24 +79,70 @@ def device_of_pointer(pointer: int) -> int:
 
 
 # ---- streams, by pointer ----
+#
+# An event belongs to the device that is current when it is made, and the default streams have the
+# same pointers on every device: whoever names a stream names its device, too.
+
+LEGACY_DEFAULT_STREAM = (0, 1)
+"""Its two names in CUDA's runtime."""
+PER_THREAD_DEFAULT_STREAM = 2
 
 
-def is_capturing(stream: int) -> bool:
-    """Whether a CUDA graph is being captured from the stream."""
-    return bool(cupy().cuda.runtime.streamIsCapturing(stream))
+def is_capturing(device: int, stream: int) -> bool:
+    """Whether a CUDA graph is being captured from the stream.
+
+    Never from the legacy default stream, and asking about it would fail during other captures.
+    """
+    if stream in LEGACY_DEFAULT_STREAM:
+        return False
+    with cupy().cuda.Device(device):
+        return bool(cupy().cuda.runtime.streamIsCapturing(stream))
 
 
-def record(stream: int) -> Any:
+def record(device: int, stream: int) -> Any:
     """An event after the work that `stream` has been given so far."""
-    event = cupy().cuda.Event(disable_timing=True)
-    cupy().cuda.runtime.eventRecord(event.ptr, stream)
+    with cupy().cuda.Device(device):
+        event = cupy().cuda.Event(disable_timing=True)
+        cupy().cuda.runtime.eventRecord(event.ptr, stream)
     return event
 
 
-def wait(stream: int, other: int) -> None:
+def wait(device: int, stream: int, other: int) -> None:
     """Lets later work of `stream` wait for the work that `other` has been given so far."""
-    event = record(other)  # must outlive the next call
-    cupy().cuda.runtime.streamWaitEvent(stream, event.ptr)
+    event = record(device, other)  # must outlive the next call
+    with cupy().cuda.Device(device):
+        cupy().cuda.runtime.streamWaitEvent(stream, event.ptr)
+
+
+@contextlib.contextmanager
+def memory_nodes(device: int, stream: int, num_bytes: int) -> Iterator[int]:
+    """Address of memory that belongs to the graph being captured from `stream`.
+
+    It is released in the capture, too: a graph that kept it could not be launched twice.
+    """
+    runtime = cupy().cuda.runtime
+    with cupy().cuda.Device(device):
+        pointer = runtime.mallocAsync(num_bytes, stream)
+        try:
+            yield pointer
+        finally:
+            runtime.freeAsync(pointer, stream)
+
+
+def zeros(device: int, num_bytes: int) -> Any:
+    """Memory of a device, set to zero, as an object with `ptr` that owns it. Waits for that."""
+    cuda = cupy().cuda
+    with cuda.Device(device), cuda.Stream(non_blocking=True) as stream:
+        memory = cuda.Memory(num_bytes)
+        cuda.runtime.memsetAsync(memory.ptr, 0, num_bytes, stream.ptr)
+        stream.synchronize()
+    return memory
+
+
+def clear(device: int, stream: int, pointer: int, num_bytes: int) -> None:
+    """Queues setting memory to zero."""
+    with cupy().cuda.Device(device):
+        cupy().cuda.runtime.memsetAsync(pointer, 0, num_bytes, stream)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.dtypes import STORAGE
+from cupy_paged.streams import current
 
 
 def empty(leader: Array, name: str, shape: tuple[int, ...], dtype: str, stream: int) -> Array:
@@ -43,39 +45,34 @@ def hand_over(made: Array, stream: int) -> Any:
         return jax.dlpack.from_dlpack(made.owner)
 
 
-class Scratch(NamedTuple):
-    """Device memory that lives as long as `owner` does."""
+@contextlib.contextmanager
+def scratch_memory(leader: Array, num_bytes: int, stream: int) -> Iterator[int]:
+    """Address of device memory beside `leader`, for the work queued on `stream` inside the `with`.
 
-    owner: Any
-    pointer: int
-
-
-def scratch_memory(leader: Array, num_bytes: int, stream: int) -> Scratch:
-    """Device memory for use on `stream`, free for others after the work queued there.
-
-    Torch's allocator gives a capturing graph memory of its own by itself. CuPy's pool would lend
-    it to somebody else while the graph still writes there, so a graph captured with CuPy gets
-    memory nodes.
+    What a pool gets back it lends again: right on a stream, whose later work runs later, wrong for
+    a graph, which writes to the same address with every replay. While one is being captured, its
+    scratch becomes part of it. Torch's pool is no exception: it keeps the memory of torch's own
+    captures apart, but cannot be asked whether this capture is one of them.
     """
-    if leader.framework == "torch":
+    if gpu.is_capturing(leader.device, stream):
+        with gpu.memory_nodes(leader.device, stream, num_bytes) as pointer:
+            yield pointer
+    elif leader.framework == "torch":
         torch = sys.modules["torch"]
         with _torch_stream(leader, stream):
             made = torch.empty(num_bytes, dtype=torch.uint8, device=leader.owner.device)
-        return Scratch(made, made.data_ptr())
-    cupy = gpu.cupy()
-    with gpu.using(leader.device, stream):
-        if gpu.is_capturing(stream):
-            memory = cupy.cuda.malloc_async(num_bytes)
-        else:
-            memory = cupy.cuda.alloc(num_bytes)
-    return Scratch(memory, memory.ptr)
+        yield made.data_ptr()
+    else:
+        with gpu.using(leader.device, stream):
+            memory = gpu.cupy().cuda.alloc(num_bytes)
+        yield memory.ptr
 
 
 def _torch_stream(leader: Array, stream: int) -> contextlib.AbstractContextManager[Any]:
     """Makes a stream torch's current one, so that its allocator knows who will use the memory."""
-    cuda = sys.modules["torch"].cuda
-    if leader.device is HOST or cuda.current_stream(leader.device).cuda_stream == stream:
+    if leader.device is HOST or current("torch", leader.device) == stream:
         return contextlib.nullcontext()
+    cuda = sys.modules["torch"].cuda
     return cuda.stream(cuda.ExternalStream(stream, leader.device))
 
 

@@ -9,17 +9,11 @@ their arrays are kept until the op has run.
 from __future__ import annotations
 
 import sys
-import threading
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from cupy_paged import gpu
+from cupy_paged import gpu, in_flight
 from cupy_paged.arrays import HOST, Array, location
-
-_in_flight: dict[tuple[int, int], deque[tuple[Any, list[Any]]]] = {}
-"""By (device, stream): what an op still reads, and the event after that op."""
-_in_flight_lock = threading.Lock()
 
 
 def current(framework: str, device: int) -> int:
@@ -73,27 +67,22 @@ class Ordering:
         self._stream, self._device = stream, device
         self._others: set[int] = set()
         self._kept: list[Any] = []
-        foreign = {a.framework for a in arrays} - {owner}
-        if owner in ("jax", "dlpack") or foreign & {"jax", "dlpack"}:
+        arrays = list(arrays)
+        frameworks = {owner, *(a.framework for a in arrays)}
+        if len(frameworks) == 1 and owner in ("cupy", "torch"):
+            return
+        if not gpu.is_capturing(device, stream):
+            others = (frameworks - {owner}) & {"cupy", "torch"}
+            self._others = {current(framework, device) for framework in others} - {stream}
             self._kept = [a.owner for a in arrays if a.framework in ("jax", "dlpack")]
-        if foreign and not gpu.is_capturing(stream):
-            streams = {current(framework, device) for framework in foreign & {"cupy", "torch"}}
-            self._others = streams - {stream}
 
     def before(self) -> None:
         for other in self._others:
-            gpu.wait(self._stream, other)
+            gpu.wait(self._device, self._stream, other)
 
     def after(self) -> None:
         for other in self._others:
-            gpu.wait(other, self._stream)
-        if self._kept and not gpu.is_capturing(self._stream):
-            self._keep_until_done()
-
-    def _keep_until_done(self) -> None:
-        event = gpu.record(self._stream)
-        with _in_flight_lock:
-            queue = _in_flight.setdefault((self._device, self._stream), deque())
-            while queue and queue[0][0].done:
-                queue.popleft()
-            queue.append((event, self._kept))
+            gpu.wait(self._device, other, self._stream)
+        in_flight.release_finished(self._device, self._stream)
+        if self._kept:
+            in_flight.keep(self._device, self._stream, self._kept)

@@ -7,6 +7,7 @@
 #include "attention_params.cuh"
 #include "dtypes.cuh"
 #include "reduce.cuh"
+#include "schedule.cuh"
 #include "softmax.cuh"
 
 namespace cupy_paged {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(NUM_THREADS, 4) combine_partitions(const Atten
     const int64 row = blockIdx.x;
     const int seq_len = p.seq_lens[seq];
     const bool fits = seq_len <= p.max_seq_len;
-    const int num_partitions = fits ? ceil_div(max(seq_len, 0), p.partition_size) : 0;
+    const int num_partitions = fits ? ceil_div(max(seq_len, 0), partition_size_of(seq_len, p.partition_size)) : 0;
     const float* max_logits = p.max_logits + row * p.max_partitions;
     const float* exp_sums = p.exp_sums + row * p.max_partitions;
     const Scratch* tmp_out = static_cast<const Scratch*>(p.tmp_out) + row * p.max_partitions * HEAD_SIZE;

@@ -14,6 +14,9 @@ template <class T> __device__ inline uint32 pack(float low, float high) {
     return from_float<T>(low).bits | uint32(from_float<T>(high).bits) << 16;
 }
 
+template <class T> __device__ inline T low_half(uint32 pair) { return {uint16(pair)}; }
+template <class T> __device__ inline T high_half(uint32 pair) { return {uint16(pair >> 16)}; }
+
 // sum += A * B
 template <class T>
 __device__ inline void mma(float (&sum)[4], const uint32 (&a)[4], const uint32 (&b)[2]);

@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(NUM_THREADS, blocks_per_sm(GROUP)) paged_atten
         const int head = kv_head * group_size + head_in_group;
         const int num_heads = min(GROUP, group_size - head_in_group);
         const int seq_len = readable_tokens(p.seq_lens[seq], p.max_seq_len);
-        const int begin = partition * p.partition_size;
-        const int end = min(begin + p.partition_size, seq_len);
+        const int partition_size = partition_size_of(seq_len, p.partition_size);
+        const int begin = partition * partition_size;
+        const int end = min(begin + partition_size, seq_len);
         const int num_tiles = ceil_div(end - begin, TILE);
         const Mask mask(p, seq_len);
 

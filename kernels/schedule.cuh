@@ -12,40 +12,55 @@ __device__ inline int readable_tokens(int seq_len, int max_seq_len) {
     return seq_len <= max_seq_len ? max(seq_len, 0) : 0;
 }
 
+constexpr int MIN_PARTITION_SIZE = 512, MAX_PARTITION_SIZE = 2048;
+constexpr int ENOUGH_PARTITIONS = 64;
+
+// Tokens of a partition: `fixed`, where that is not 0, or else by the sequence's own length. Small ones
+// let a short sequence that is alone occupy the device; more than 64 would only be more to combine.
+__device__ inline int partition_size_of(int seq_len, int fixed) {
+    if (fixed) return fixed;
+    int size = MIN_PARTITION_SIZE;
+    while (size < MAX_PARTITION_SIZE && size * ENOUGH_PARTITIONS <= seq_len) size *= 2;
+    return size;
+}
+
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
 // partition begins depends on its own sequence alone; only who works on it depends on the batch.
 struct PartitionWalk {
     const int* seq_lens;  // [num_seqs]
     int num_seqs;
-    int partition_size;
+    int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
 
-    int seq = 0;          // the sequence that holds the partition last sought
-    int64 before = 0;     // partitions of all sequences before `seq`
+    int seq = 0, seq_len = 0;  // the sequence that holds the partition last sought
+    int64 before = 0;          // partitions of all sequences before `seq`
 
-    __device__ int num_partitions(int seq_len) const {
-        return max(ceil_div(readable_tokens(seq_len, max_seq_len), partition_size), min_partitions);
-    }
+    // A window of sequences, one a lane: to seek within it asks nothing of global memory.
+    int first = -WARP, length = 0, count = 0;
+    int64 through = 0;  // partitions up to and with this lane's sequence
 
-    // Moves `seq` forward to the sequence of partition number `target`; false if there is none.
-    // Every warp walks by itself, all lanes together. Targets must not decrease.
+    // Moves forward to the sequence of partition number `target`; false if there is none. By a whole
+    // warp. Targets must not decrease.
     __device__ bool seek(int64 target) {
         const int lane = threadIdx.x % WARP;
-        while (seq < num_seqs) {
-            const int count = seq + lane < num_seqs ? num_partitions(seq_lens[seq + lane]) : 0;
-            const int64 through = before + lanes_prefix_sum(count);
+        for (;;) {
             const uint32 reached = __ballot_sync(ALL_LANES, through > target);
             if (reached) {
-                const int first = __ffs(reached) - 1;
-                before = __shfl_sync(ALL_LANES, through - count, first);
-                seq += first;
+                const int holder = __ffs(reached) - 1;
+                seq = first + holder;
+                seq_len = __shfl_sync(ALL_LANES, length, holder);
+                before = __shfl_sync(ALL_LANES, through - count, holder);
                 return true;
             }
-            before = __shfl_sync(ALL_LANES, through, WARP - 1);
-            seq += WARP;
+            first += WARP;
+            if (first >= num_seqs) return false;
+            const bool there = first + lane < num_seqs;
+            length = there ? seq_lens[first + lane] : 0;
+            const int tokens = readable_tokens(length, max_seq_len);
+            count = there ? max(ceil_div(tokens, partition_size_of(tokens, partition_size)), min_partitions) : 0;
+            through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }
-        return false;
     }
 };
 

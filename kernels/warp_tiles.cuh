@@ -1,8 +1,7 @@
-// Tiles of 16 tokens that one warp fetches for itself and feeds to matrix instructions.
+// Tiles of 16 tokens that one warp fetches and another feeds to matrix instructions.
 //
-// Tiles are made of chunks of 16 bytes. Two chunks that are neighbours in a sector of the cache are
-// neighbours in a tile, for a sector that has to be torn apart is written twice. Tokens that are not there are fetched as zeros, so what
-// their slots hold, NaN included, cannot reach a result.
+// Tiles are made of chunks of 16 bytes. Values of tokens that are not there are zeros, so what their slots
+// hold, NaN included, cannot reach a result; their keys may be anything, for their scores are masked.
 #pragma once
 #include "arch.cuh"
 #include "copies.cuh"
@@ -21,19 +20,24 @@ struct alignas(16) Chunk {
 // The largest power of two that divides n, 8 at most.
 __host__ __device__ constexpr int power_of_two_in(int n) { return n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
 
-// Chunks of channels: keys of every layout, values of `Rows`. BY_TOKEN: [token][chunk], with an odd
-// number of chunks a row, so that a matrix's eight rows lie in different banks. Else: [chunk][token].
+// Chunks of channels: keys of every layout, values of `Rows`. Not BY_TOKEN: [chunk][token]. BY_TOKEN:
+// [token][chunk], arranged so that eight tokens' chunks of the same channels lie in different banks: by
+// swapping chunks within a row, or where rows are of another length, by an odd number of chunks a row.
 template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
     static constexpr int CHUNK = 16 / sizeof(T);
     static constexpr int CHUNKS = HEAD_SIZE / CHUNK;
-    static constexpr int TOKEN_STEP = BY_TOKEN ? CHUNKS | 1 : 1;
-    static constexpr int CHUNK_STEP = BY_TOKEN ? 1 : TILE_TOKENS;
+    static constexpr bool SWAPPED = BY_TOKEN && CHUNKS % 8 == 0;
+    static constexpr int ROW = SWAPPED ? CHUNKS : CHUNKS | 1;
     static constexpr int OPERANDS = sizeof(T) == 1 ? 2 : 1;  // that a pair of chunks makes
 
-    Chunk chunks[TILE_TOKENS * (BY_TOKEN ? TOKEN_STEP : CHUNKS)];
+    Chunk chunks[TILE_TOKENS * (BY_TOKEN ? ROW : CHUNKS)];
 
-    __device__ Chunk* at(int token, int c) { return chunks + token * TOKEN_STEP + c * CHUNK_STEP; }
-    __device__ const Chunk* at(int token, int c) const { return chunks + token * TOKEN_STEP + c * CHUNK_STEP; }
+    static __device__ int index(int token, int c) {
+        if constexpr (!BY_TOKEN) return c * TILE_TOKENS + token;
+        return token * ROW + (SWAPPED ? c ^ token % 8 : c);
+    }
+    __device__ Chunk* at(int token, int c) { return chunks + index(token, c); }
+    __device__ const Chunk* at(int token, int c) const { return chunks + index(token, c); }
 
     // `token_base` of lane t, t < 16, is where token t begins; `chunk_step(c)` is how far its chunk c
     // is from there. Lanes run along whichever of tokens and chunks is contiguous in the cache.
@@ -97,7 +101,7 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
 template <class T, int HEAD_SIZE> struct TokenColumns {
     static constexpr int CHUNK = 16 / sizeof(T);
     static constexpr int CHUNKS = TILE_TOKENS / CHUNK;
-    static constexpr int OPERANDS = sizeof(T) == 1 ? 2 : 1;  // that 32 bytes of tokens make
+    static constexpr int OPERANDS = sizeof(T) == 1 ? 2 : 1;  // that one load of matrices makes
 
     Chunk chunk[HEAD_SIZE][CHUNKS];
 
@@ -111,6 +115,13 @@ template <class T, int HEAD_SIZE> struct TokenColumns {
 #pragma unroll
         for (int channel = lane / CHUNKS; channel < HEAD_SIZE; channel += LANES)
             copy_async<16>(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);
+    }
+
+    // Puts zeros in place of the tokens from `token` on.
+    __device__ void clear_from(int token) {
+        T* elements = reinterpret_cast<T*>(chunk);
+        for (int i = threadIdx.x % WARP; i < HEAD_SIZE * TILE_TOKENS; i += WARP)
+            if (i % TILE_TOKENS >= token) elements[i] = {};
     }
 
     // Values of the pair-th 16 * OPERANDS channels as operands A of [channels][tokens].

@@ -1,4 +1,4 @@
-"""Where a test runs: tests/gpu needs a CUDA device, and a full run there writes the receipt."""
+"""Where a test runs: tests/gpu needs CUDA devices, and a full run there writes the receipt."""
 
 import os
 import random
@@ -50,13 +50,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     top = receipt.ROOT / receipt.GPU_TESTS
     if (collection_path == top or is_gpu_test(collection_path)) and device.missing():
         return True
+    if collection_path in {receipt.ROOT / path for path in device.left_out()}:
+        return True
     return None
 
 
 def gpu_status() -> list[str]:
     reason = device.missing()
     if reason is None:
-        return ["GPU tests: collected; a full run writes the receipt"]
+        left_out = [f"NOT COLLECTED: {path}: {why}" for path, why in device.left_out().items()]
+        return ["GPU tests: collected; a full run writes the receipt", *left_out]
     _, words = receipt.check()
     return [f"GPU TESTS NOT COLLECTED: {reason}", *words.splitlines()]
 
@@ -130,7 +133,8 @@ class ReceiptWriter:
 
     def why_partial(self) -> str | None:
         """What kept this session from being a full run of tests/gpu. None if it was one."""
-        missing = receipt.missing_test_files(self.files)
+        left_out = {receipt.ROOT / path for path in device.left_out()}
+        missing = receipt.missing_test_files(self.files | left_out)
         if self.selected_by_id:
             return "single tests were named"
         if missing:
@@ -155,7 +159,7 @@ class ReceiptWriter:
         written = receipt.compose(
             self.outcomes,
             sha256=self.sha256,
-            environment=receipt.describe_environment(),
+            environment={**receipt.describe_environment(), "left_out": device.left_out()},
             duration=time.monotonic() - self.start,
         )
         receipt.write(written, self.path)

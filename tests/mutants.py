@@ -48,15 +48,15 @@ MUTANTS = (
     ),
     Mutant(
         "the newest token is dropped, tensor cores",
-        "kernels/paged_attention_mma.cu",
-        "piece.end = min(piece.begin + p.partition_size, piece.seq_len);",
-        "piece.end = min(piece.begin + p.partition_size, piece.seq_len - 1);",
+        "kernels/pieces.cuh",
+        "piece.end = min(piece.begin + partition_size, piece.seq_len);",
+        "piece.end = min(piece.begin + partition_size, piece.seq_len - 1);",
     ),
     Mutant(
         "the newest token is dropped, CUDA cores",
         "kernels/paged_attention.cu",
-        "const int end = min(begin + p.partition_size, seq_len);",
-        "const int end = min(begin + p.partition_size, seq_len - 1);",
+        "const int end = min(begin + partition_size, seq_len);",
+        "const int end = min(begin + partition_size, seq_len - 1);",
         OLDER_CHIPS,
     ),
     Mutant(

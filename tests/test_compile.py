@@ -14,7 +14,7 @@ import pytest
 
 from cupy_paged import attention_kernels as attention
 from cupy_paged import cache_ops, gpu, merge
-from cupy_paged.attention_kernels import HeadProblem, attention_plan, combine_kernel
+from cupy_paged.attention_kernels import HeadProblem, attention_plan
 from cupy_paged.cache_ops import convert_kernel, write_kernel
 from cupy_paged.compiler import Kernel, flatten, options
 from cupy_paged.dtypes import FLOATS, itemsize
@@ -42,7 +42,9 @@ def common_problems() -> list[HeadProblem]:
     """What popular models ask for."""
     shapes = [("vllm", 128, 1), ("HND", 128, 4), ("NHD", 128, 8), ("HND", 64, 3), ("NHD", 256, 2)]
     return [
-        HeadProblem("bfloat16", "bfloat16", layout, head_size, 16, group_size, 16, 16, False, False)
+        HeadProblem(
+            "bfloat16", "bfloat16", layout, head_size, 16, group_size, 16, 16, 16, False, False
+        )
         for layout, head_size, group_size in shapes
     ]
 
@@ -70,6 +72,7 @@ def sampled_problem(rng: random.Random) -> HeadProblem:
         group_size=rng.choice(GROUP_SIZES),
         key_alignment=alignment(key_row),
         value_alignment=alignment(value_row),
+        query_alignment=rng.choice((itemsize(query), 16)),
         has_alibi=rng.random() < 0.25,
         is_block_sparse=rng.random() < 0.25,
     )
@@ -78,23 +81,14 @@ def sampled_problem(rng: random.Random) -> HeadProblem:
 def attention_kernels(sm: int) -> list[Kernel]:
     rng = random.Random(sm)
     shared = gpu.shared_bytes_of(sm)
-    kernels = [
-        attention_plan(problem, sm, shared, "float32").kernel for problem in common_problems()
-    ]
+    plans = [attention_plan(problem, sm, shared, "float32") for problem in common_problems()]
     for _ in range(SAMPLE):
         problem = sampled_problem(rng)
         scratch = rng.choice(SCRATCH)
         scratch = problem.query_dtype if scratch == "query" else scratch
-        kernels.append(attention_plan(problem, sm, shared, scratch).kernel)
-    return kernels
-
-
-def combine_kernels(sm: int) -> list[Kernel]:
-    rng = random.Random(sm)
-    dtypes = [(query, scratch) for query, _ in DTYPES[::3] for scratch in {query, "float32"}]
-    return [
-        combine_kernel(query, scratch, rng.choice(HEAD_SIZES)) for query, scratch in sorted(dtypes)
-    ]
+        plans.append(attention_plan(problem, sm, shared, scratch))
+    kernels = [kernel for plan in plans for kernel in (plan.kernel, plan.combine) if kernel]
+    return list(dict.fromkeys(kernels))
 
 
 def merge_kernels(sm: int) -> list[Kernel]:
@@ -127,7 +121,6 @@ def convert_kernels(sm: int) -> list[Kernel]:
 
 SETS = {
     "paged_attention": attention_kernels,
-    "combine_partitions": combine_kernels,
     "merge_attn_states": merge_kernels,
     "reshape_and_cache": write_kernels,
     "convert_fp8": convert_kernels,

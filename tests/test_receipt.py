@@ -89,6 +89,21 @@ def tree(tmp_path) -> Tree:
     return Tree(tmp_path)
 
 
+def test_tests_for_two_devices_are_left_out_with_one_and_the_header_and_receipt_say_so(tree):
+    path = "tests/gpu/test_devices.py"
+    tree.write(path, "def test_both(): pass\n")
+    output = tree.pytest()
+    assert f"NOT COLLECTED: {path}: CuPy sees 1 of 2 CUDA devices" in output
+    assert "4 passed, 0 failed, 0 skipped on stand-in" in output
+    assert list(tree.receipt()["left_out"]) == [path]
+    assert f"without {path}" in receipt.check(tree.root)[1]
+    tree.set_device_count(2)
+    assert "NOT COLLECTED" not in tree.pytest()
+    assert tree.receipt()["collected"] == 5
+    assert tree.receipt()["left_out"] == {}
+    assert "without" not in receipt.check(tree.root)[1]
+
+
 def test_full_run_writes_a_receipt_that_vouches_for_the_tree(tree):
     output = tree.pytest()
     assert "GPU receipt: 4 passed, 0 failed, 0 skipped on stand-in" in output

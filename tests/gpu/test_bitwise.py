@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cupy_paged import launch
 from support import compare, frameworks, ops
 from support.data import Case, build
 
 CUPY = frameworks.device()[0]
-SPECIAL = 1, 16, 511, 512, 513, 1024, 3000, 20001, 70000
+SPECIAL = 1, 16, 511, 512, 513, 1024, 3000, 20001, 32767, 32768, 70000
+BATCH = 256
 CALLS = ops.paged_attention, ops.paged_attention_v1, ops.paged_attention_v2
 CASES = [
     Case("float16", "auto", "vllm", 1, 8),
@@ -21,8 +23,8 @@ CASES = [
 
 
 def ragged(case):
-    """64 rows, the special lengths first and then short ones, and the caches on the device."""
-    short = np.random.default_rng(3).integers(0, 700, 64 - len(SPECIAL))
+    """BATCH rows, the special lengths first and then short ones, and the caches on the device."""
+    short = np.random.default_rng(3).integers(0, 700, BATCH - len(SPECIAL))
     problem = build(replace(case, seq_lens=(*SPECIAL, *short.tolist())))
     return problem, {
         "key_cache": CUPY.array(ops.cache_bytes(problem.key_cache)),
@@ -47,10 +49,10 @@ def test_a_row_has_the_same_bits_in_any_batch(call, loaded):
     expected = call(problem, CUPY, **caches)
     special = range(len(SPECIAL))
     batches = [[row] for row in special]
-    for size in 2, 17, 64:
+    for size in 2, 17, BATCH:
         for position in {0, size // 2, size - 1}:
             row = int(rng.choice(special))
-            others = rng.permutation([r for r in range(64) if r != row])[: size - 1].tolist()
+            others = rng.permutation([r for r in range(BATCH) if r != row])[: size - 1].tolist()
             batches.append([*others[:position], row, *others[position:]])
     for batch in batches:
         found = call(problem.rows(batch), CUPY, **caches)
@@ -58,18 +60,38 @@ def test_a_row_has_the_same_bits_in_any_batch(call, loaded):
         same_bits(found, [array[batch] for array in expected], what)
 
 
+def partition_size(seq_len):
+    """What the docstring of paged_attention_v2 says of paged_attention."""
+    return 512 if seq_len < 32768 else 1024 if seq_len < 65536 else 2048
+
+
 def test_every_operator_gives_the_same_bits(loaded):
     problem, caches = loaded
     out, _ = ops.paged_attention(problem, CUPY, **caches)
-    for call in CALLS[1:]:
-        compare.bitwise(call(problem, CUPY, **caches)[0], out, call.__name__)
+    compare.bitwise(ops.paged_attention_v1(problem, CUPY, **caches)[0], out, "v1")
+    sizes = np.array([partition_size(seq_len) for seq_len in problem.seq_lens])
+    for size in 512, 1024, 2048:
+        needed = ops.partitions_needed(problem, size)
+        found, *_ = ops.paged_attention_v2(problem, CUPY, needed, partition_size=size, **caches)
+        assert (sizes == size).any()
+        compare.bitwise(found[sizes == size], out[sizes == size], f"v2 with {size}")
 
 
-def test_fifty_runs_give_the_same_bits(loaded):
+@pytest.mark.parametrize("max_blocks", [1, 7, 61])
+def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded, monkeypatch):
+    problem, caches = loaded
+    expected = [call(problem, CUPY, **caches) for call in CALLS]
+    load = launch.load
+    monkeypatch.setattr(launch, "load", lambda *key: load(*key)._replace(max_blocks=max_blocks))
+    for call, want in zip(CALLS, expected, strict=True):
+        same_bits(call(problem, CUPY, **caches), want, call.__name__)
+
+
+def test_many_runs_give_the_same_bits(loaded):
     problem, caches = loaded
     for call in CALLS:
         first = call(problem, CUPY, **caches)
-        for run in range(50):
+        for run in range(250 if call is ops.paged_attention else 50):
             same_bits(call(problem, CUPY, **caches), first, f"{call.__name__}, run {run}")
 
 
@@ -96,7 +118,7 @@ def test_spare_partitions_change_no_bit(loaded):
 
 def test_estimates_change_no_bit_with_scratch_kept_for_any_batch(loaded):
     problem, caches = loaded
-    out, _ = ops.paged_attention(problem, CUPY, **caches)
+    out, *_ = ops.paged_attention_v2(problem, CUPY, 160, partition_size=512, **caches)
     for max_seq_len in 70000, 70001, 75000, 160 * 512:
         estimated = replace(problem, max_seq_len=max_seq_len)
         again, *_ = ops.paged_attention_v2(estimated, CUPY, 160, **caches)

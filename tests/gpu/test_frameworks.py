@@ -8,7 +8,11 @@ import cupy_paged
 from support import compare, frameworks, ops
 from support.bad_calls import off_by
 from support.data import Case, build
-from support.framework_suite import FrameworkSuite, check_refuses_to_write
+from support.framework_suite import (
+    FrameworkSuite,
+    OnlyCudaArrayInterface,
+    check_refuses_to_write,
+)
 
 CUPY, *OTHERS = frameworks.device()
 ARRAYS = "query", "key_cache", "value_cache", "block_tables", "seq_lens", "alibi_slopes"
@@ -26,17 +30,6 @@ class TestFrameworks(FrameworkSuite):
     @pytest.fixture
     def reference(self):
         return CUPY
-
-
-class OnlyCudaArrayInterface:
-    """An array of which nothing is known but the CUDA array interface."""
-
-    def __init__(self, array):
-        self._array = array
-
-    @property
-    def __cuda_array_interface__(self):
-        return self._array.__cuda_array_interface__
 
 
 def test_named_frameworks_are_installed():

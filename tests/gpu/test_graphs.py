@@ -9,66 +9,97 @@ import pytest
 import cupy_paged
 from support import cache_suite, compare, frameworks, merge_suite, ops, oracle
 from support.data import Case, build, empty_caches
+from support.framework_suite import OnlyCudaArrayInterface, OnlyDLPack
 
 LENGTHS = 1030, 17, 512, 300, 5, 0, 64, 513
 
 
-def capture_cupy(call):
+ALL = frameworks.device()
+WRITABLE = frameworks.writable(ALL)
+MODES = ("global", "thread_local", "relaxed")
+by_name = {"ids": lambda arrays: arrays.name}
+
+
+def capture_cupy(call, mode="global"):
+    modes = dict(zip(MODES, ("Global", "ThreadLocal", "Relaxed"), strict=True))
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
-        call()
+        call(stream)
         stream.synchronize()
-        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
-        call()
+        stream.begin_capture(getattr(cupy.cuda.runtime, f"streamCaptureMode{modes[mode]}"))
+        call(stream)
         graph = stream.end_capture()
 
     def replay():
         graph.launch(stream)
         stream.synchronize()
 
-    return replay
+    return replay, stream.ptr, stream
 
 
-def capture_torch(call):
+def capture_torch(call, mode="global"):
     import torch
 
-    warm_up = torch.cuda.Stream()
+    stream = torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(warm_up):
-        call()
+    with torch.cuda.stream(stream):
+        call(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+        call(stream)
 
     def replay():
         graph.replay()
         torch.cuda.synchronize()
 
-    return replay
+    return replay, stream.cuda_stream, stream
 
 
 CAPTURES = {"cupy": capture_cupy, "torch": capture_torch}
+EVERY_WAY = pytest.mark.parametrize(
+    ("arrays", "by"),
+    [(arrays, by.name) for arrays in WRITABLE for by in WRITABLE],
+    ids=lambda value: getattr(value, "name", f"by_{value}"),
+)
 
 
-@pytest.fixture(params=frameworks.writable(frameworks.device()), ids=lambda arrays: arrays.name)
+@pytest.fixture(params=WRITABLE, **by_name)
 def arrays(request):
     return request.param
 
 
-def capture(call, arrays):
-    replay = CAPTURES[arrays.name](call)
+class Captured:
+    """A call in a graph.
 
-    def replay_after_filling(filled):
+    by    the framework that captures, whose stream the call is given; if None, that of the arrays,
+          whose stream the call finds by itself
+    """
+
+    def __init__(self, call, arrays, by=None, mode="global"):
+        self._arrays = arrays
+        run = (lambda stream: call()) if by is None else (lambda stream: call(stream=stream))
+        self._replay, self._address, *kept = CAPTURES[by or arrays.name](run, mode)
+        # A graph knows addresses, not arrays: what the call holds must live as long.
+        self._kept = call, kept
+
+    def replay(self, filled=()):
+        """Replays the graph, after filling arrays with new contents."""
         for array, contents in filled:
-            arrays.fill(array, contents)
-        arrays.synchronize()
-        replay()
+            self._arrays.fill(array, contents)
+        self._arrays.synchronize()
+        self._replay()
 
-    # A graph knows addresses, not arrays: what the call holds must live as long.
-    replay_after_filling.call = call
-    return replay_after_filling
+    def on_its_stream(self):
+        """Makes the stream that was captured the current one of the arrays' framework.
+
+        Pools keep the memory of each stream apart: here they lend what the call gave back.
+        """
+        if self._arrays.name == "torch":
+            cuda = self._arrays.torch.cuda
+            return cuda.stream(cuda.ExternalStream(self._address))
+        return cupy.cuda.ExternalStream(self._address)
 
 
 def scenes(problem):
@@ -97,15 +128,16 @@ def attention_call(op, problem, arrays):
     out = ops.empty(shape, problem.case.dtype, arrays)
     if op == "paged_attention":
         given = ops.arguments(problem, arrays)
-        return lambda: cupy_paged.paged_attention(**given, out=out), given, out
+        return lambda **on: cupy_paged.paged_attention(**given, out=out, **on), given, out
     tail, keywords = ops.positional(problem, arrays)
     given = dict(zip(ops.POSITIONAL, tail, strict=True))
-    if op == "paged_attention_v1":
-        return lambda: cupy_paged.paged_attention_v1(out, *tail, **keywords), given, out
-    shape = num_seqs, num_heads, ops.partitions_needed(problem)
-    exp_sums, max_logits = (ops.empty(shape, "float32", arrays) for _ in range(2))
-    scratch = exp_sums, max_logits, ops.empty((*shape, head_size), "float32", arrays)
-    return lambda: cupy_paged.paged_attention_v2(out, *scratch, *tail, **keywords), given, out
+    written = [out]
+    if op == "paged_attention_v2":
+        shape = num_seqs, num_heads, ops.partitions_needed(problem)
+        written += [ops.empty(shape, "float32", arrays) for _ in range(2)]
+        written += [ops.empty((*shape, head_size), "float32", arrays)]
+    run = getattr(cupy_paged, op)
+    return lambda **on: run(*written, *tail, **keywords, **on), given, out
 
 
 @pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1", "paged_attention_v2"])
@@ -119,9 +151,19 @@ def attention_call(op, problem, arrays):
     ids=str,
 )
 def test_attention(op, case, arrays):
+    check_scenes(op, case, arrays)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1", "paged_attention_v2"])
+def test_attention_captured_by_another_framework(op, arrays, by):
+    check_scenes(op, Case(seq_lens=LENGTHS), arrays, by)
+
+
+def check_scenes(op, case, arrays, by=None):
     problem = build(case)
     call, given, out = attention_call(op, problem, arrays)
-    replay = capture(call, arrays)
+    replay = Captured(call, arrays, by).replay
     dirt = np.full(problem.query.shape, np.nan).astype(problem.query.dtype)
     for scene in scenes(problem):
         tables, lens = (
@@ -135,21 +177,61 @@ def test_attention(op, case, arrays):
         compare.bitwise(found, eager, "replayed against eager")
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1"])
-def test_replays_touch_no_memory_that_was_handed_out_since(op, arrays):
+def test_replays_touch_no_memory_that_was_handed_out_since(op, arrays, by):
     problem = build(Case(seq_lens=(5000, 1030, 17)))
     call, _, out = attention_call(op, problem, arrays)
-    replay = capture(call, arrays)
-    # Sizes from a page to several times any scratch: whatever the op gave back is in here.
-    others = [
-        ops.empty((size,), "float32", arrays, ops.SENTINEL)
-        for size in (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
-        for _ in range(16)
-    ]
-    replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
-    compare.close(arrays.numpy(out), problem.expected[0], "float16")
-    for other in others:
+    captured = Captured(call, arrays, by)
+
+    def others():
+        # Sizes from a page to several times any scratch: whatever the op gave back is in here.
+        return [
+            ops.empty((size,), "float32", arrays, ops.SENTINEL)
+            for size in (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+            for _ in range(16)
+        ]
+
+    taken = others()
+    with captured.on_its_stream():
+        taken += others()
+    for _ in range(3):
+        captured.replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
+        compare.close(arrays.numpy(out), problem.expected[0], "float16")
+    for other in taken:
         assert (arrays.numpy(other) == np.float32(ops.SENTINEL)).all()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_capture(mode, arrays, by):
+    problem = build(Case(seq_lens=(1030, 17)))
+    call, _, out = attention_call("paged_attention", problem, arrays)
+    captured = Captured(call, arrays, by, mode)
+    for _ in range(2):
+        captured.replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
+        compare.close(arrays.numpy(out), problem.expected[0], "float16")
+
+
+@pytest.mark.parametrize(
+    ("other", "wrap"),
+    [
+        *((other, wrap) for other in WRITABLE for wrap in (OnlyDLPack, OnlyCudaArrayInterface)),
+        *((other, None) for other in ALL if other.name == "jax"),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "__name__", "itself")),
+)
+def test_arrays_known_by_protocol_alone(arrays, other, wrap):
+    # Their producers would order the graph after work outside of it, which a capture refuses.
+    problem = build(Case(seq_lens=(1030, 17)))
+    call, given, out = attention_call("paged_attention", problem, arrays)
+    theirs = ops.arguments(problem, other)
+    for name in ("key_cache", "value_cache", "block_tables"):
+        given[name] = wrap(theirs[name]) if wrap else theirs[name]
+    captured = Captured(call, arrays)
+    for _ in range(2):
+        captured.replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
+        compare.close(arrays.numpy(out), problem.expected[0], "float16")
 
 
 def test_two_graphs_and_eager_calls_take_turns(arrays):
@@ -157,7 +239,7 @@ def test_two_graphs_and_eager_calls_take_turns(arrays):
     captured = []
     for problem in problems:
         call, _, out = attention_call("paged_attention", problem, arrays)
-        captured.append((problem, out, capture(call, arrays)))
+        captured.append((problem, out, Captured(call, arrays).replay))
     for _ in range(3):
         for problem, out, replay in captured:
             replay([(out, np.full(problem.query.shape, np.nan, np.float16))])
@@ -171,9 +253,9 @@ def test_merge(arrays, rng):
     made = [arrays.array(array) for array in given]
     output = ops.empty(given[0].shape, "float16", arrays)
     output_lse = ops.empty(given[1].shape, "float32", arrays)
-    replay = capture(
+    replay = Captured(
         lambda: cupy_paged.merge_attn_states(output, *made, output_lse=output_lse), arrays
-    )
+    ).replay
     for _ in range(3):
         given = merge_suite.empty_some(rng, merge_suite.states(rng, "float16"))
         replay(zip(made, given, strict=True))
@@ -192,9 +274,11 @@ def test_cache_writers(layout, kv_cache_dtype, arrays, rng):
     slot_mapping = arrays.array(np.full(30, -1, np.int64))
     tail = key, value, *made, slot_mapping, kv_cache_dtype, *case.scales
     if layout == "vllm":
-        replay = capture(lambda: cupy_paged.reshape_and_cache(*tail), arrays)
+        replay = Captured(lambda: cupy_paged.reshape_and_cache(*tail), arrays).replay
     else:
-        replay = capture(lambda: cupy_paged.reshape_and_cache_flash(*tail, layout=layout), arrays)
+        replay = Captured(
+            lambda: cupy_paged.reshape_and_cache_flash(*tail, layout=layout), arrays
+        ).replay
     k_scale, v_scale = case.scales
     for _ in range(3):
         new_key, new_value = cache_suite.tokens(rng, case, 30)
@@ -214,7 +298,7 @@ def test_convert(arrays):
     codes = np.arange(120, dtype=np.uint8).reshape(2, 60)
     made = arrays.array(codes)
     output = ops.empty(codes.shape, "float16", arrays)
-    replay = capture(lambda: cupy_paged.convert_fp8(output, made, 0.5), arrays)
+    replay = Captured(lambda: cupy_paged.convert_fp8(output, made, 0.5), arrays).replay
     for step in range(3):
         replay([(made, codes ^ np.uint8(step))])
         expected = (codes ^ np.uint8(step)).view(oracle.FP8["fp8"]).astype(np.float32) * 0.5

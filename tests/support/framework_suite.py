@@ -33,6 +33,21 @@ class OnlyDLPack:
         return self._array.__dlpack_device__()
 
 
+class OnlyCudaArrayInterface:
+    """An array of which nothing is known but the CUDA array interface.
+
+    stream    address of the stream to wait for; what the array says if None
+    """
+
+    def __init__(self, array, stream=None):
+        self._array, self._stream = array, stream
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = self._array.__cuda_array_interface__
+        return interface if self._stream is None else {**interface, "stream": self._stream}
+
+
 def writing_calls(arrays):
     """Every operator that writes an argument: (name, positional arguments, what it writes)."""
     problem = build(Case(seq_lens=(40, 17)))

@@ -47,7 +47,7 @@ class NumPy:
 
 
 class Torch:
-    """torch tensors on `device`; strides are kept."""
+    """torch tensors on `device`, which is whole with its number; strides are kept."""
 
     writable = True
     float8 = True
@@ -71,7 +71,7 @@ class Torch:
         array.copy_(self.array(new))
 
     def synchronize(self):
-        self.torch.cuda.synchronize()
+        self.torch.cuda.synchronize(self.device)
 
     def numpy(self, array):
         dtype = np.dtype(_numpy_dtype(str(array.dtype).removeprefix("torch.")))
@@ -79,23 +79,22 @@ class Torch:
         return flat.view(self.torch.uint8).numpy().view(dtype).reshape(array.shape)
 
     def owns(self, array):
-        return isinstance(array, self.torch.Tensor) and array.device.type == self.device.type
+        return isinstance(array, self.torch.Tensor) and array.device == self.device
 
 
 class Jax:
-    """JAX arrays on the first device of `platform`; always contiguous, never written."""
+    """JAX arrays on a device of `platform`; always contiguous, never written."""
 
     writable = False
     float8 = True
 
-    def __init__(self, platform):
+    def __init__(self, platform, index=0):
         self.name = "jax"
         self.jax = importlib.import_module("jax")
-        self.platform = platform
         try:
-            self.device = self.jax.devices(platform)[0]
-        except RuntimeError as error:
-            raise ImportError(f"JAX sees no {platform} device") from error
+            self.device = self.jax.devices(platform)[index]
+        except (RuntimeError, IndexError) as error:
+            raise ImportError(f"JAX sees no {platform} device {index}") from error
 
     def array(self, array):
         return self.jax.device_put(np.ascontiguousarray(array), self.device)
@@ -104,39 +103,43 @@ class Jax:
         return np.array(array)
 
     def owns(self, array):
-        return isinstance(array, self.jax.Array) and array.device.platform == self.device.platform
+        return isinstance(array, self.jax.Array) and array.devices() == {self.device}
 
 
 class CuPy:
-    """CuPy arrays; strides are kept. CuPy has no float8: those become uint8."""
+    """CuPy arrays on a device; strides are kept. CuPy has no float8: those become uint8."""
 
     name = "cupy"
     writable = True
     float8 = False
 
-    def __init__(self):
+    def __init__(self, index=0):
         self.cupy = importlib.import_module("cupy")
         if not self.cupy.is_available():
             raise ImportError("CuPy sees no CUDA device")
+        self.device = self.cupy.cuda.Device(index)
 
     def array(self, array):
         if array.dtype.name.startswith("float8"):
             array = array.view(np.uint8)
         buffer, start = _buffer(array)
-        memory = self.cupy.asarray(buffer).data + start
-        return self.cupy.ndarray(array.shape, array.dtype, memory, array.strides)
+        with self.device:
+            memory = self.cupy.asarray(buffer).data + start
+            return self.cupy.ndarray(array.shape, array.dtype, memory, array.strides)
 
     def fill(self, array, new):
-        self._bits(array)[...] = self._bits(self.array(new))
+        with self.device:
+            self._bits(array)[...] = self._bits(self.array(new))
 
     def synchronize(self):
-        self.cupy.cuda.Device().synchronize()
+        self.device.synchronize()
 
     def numpy(self, array):
-        return self._bits(array).get().view(array.dtype)
+        with self.device:
+            return self._bits(array).get().view(array.dtype)
 
     def owns(self, array):
-        return isinstance(array, self.cupy.ndarray)
+        return isinstance(array, self.cupy.ndarray) and array.device == self.device
 
     def _bits(self, array):
         """`array` as unsigned integers: CuPy moves those without knowing bfloat16."""
@@ -184,9 +187,9 @@ def host():
 
 
 @functools.cache
-def device():
-    """The adapters of GPU arrays; CuPy, which the library needs, first."""
+def device(index=0):
+    """The adapters of arrays on a GPU; CuPy, which the library needs, first."""
     return [
-        CuPy(),
-        *_present({"torch": lambda: Torch("cuda"), "jax": lambda: Jax("cuda")}),
+        CuPy(index),
+        *_present({"torch": lambda: Torch(f"cuda:{index}"), "jax": lambda: Jax("cuda", index)}),
     ]

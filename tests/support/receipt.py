@@ -148,7 +148,8 @@ def pending_reason(root: Path = ROOT) -> str | None:
 def summary(receipt: Mapping) -> str:
     device = ", ".join(receipt["devices"]) or "no device"
     counts = ", ".join(f"{receipt[outcome]} {outcome}" for outcome in OUTCOMES)
-    return f"{counts} on {device}, {receipt['date'][:10]}"
+    without = "".join(f", without {path}" for path in receipt.get("left_out", ()))
+    return f"{counts} on {device}, {receipt['date'][:10]}{without}"
 
 
 def check(root: Path = ROOT) -> tuple[bool, str]:
