@@ -34,13 +34,15 @@ def release_finished(device: int, stream: int) -> None:
     """
     if not _queues or gpu.is_capturing(device, stream):
         return
-    finished = []  # dropped after the lock: nobody knows what else an owner's end sets off
+    finished = []  # cleared after the lock: nobody knows what else an owner's end sets off
     with _lock:
         for key, queue in list(_queues.items()):
             while queue and queue[0][0].done:
                 finished.append(queue.popleft())
             if not queue:
                 del _queues[key]
+    with gpu.cupy().cuda.Device():  # JAX leaves another one behind where it frees an array
+        finished.clear()
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from cupy_paged.results import empty, hand_over
 from cupy_paged.streams import Ordering, launch_stream
 
 NUM_THREADS = 128
+ROWS_AT_ONCE = 2  # that a thread has in flight
 FP8_OUTPUT = "float8_e4m3fn"
 
 _INTO_NEW = "merge_attn_states with output=None returns new arrays"
@@ -233,7 +234,7 @@ def _merge_on_gpu(
     arrays = [a for a in given if isinstance(a, Array)]
     ordering = Ordering(stream, prefix.device, prefix.framework, arrays)
     ordering.before()
-    rows_per_block = max(NUM_THREADS // (head_size // width), 1)
+    rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
     work = -(-num_tokens * num_heads // rows_per_block)
     launch(kernel, prefix.device, stream, work, params, resident=True)
     ordering.after()

@@ -34,71 +34,100 @@ struct MergeParams {
 
 __device__ inline bool is_empty(float lse) { return fabsf(lse) == -minus_infinity(); }
 
+__device__ inline float lse_at(const float* lse, int64 stride_head, int64 stride_token, int64 token, int head) {
+    return lse[head * stride_head + token * stride_token];
+}
+
 // Grid: any number of thread blocks. A thread block takes as many whole rows, of one (token, head)
-// each, as it has threads for; a thread takes WIDTH channels at a time. All of a row's threads have
-// read its lse before one of them writes it, so the result may replace either side.
+// each, as it has threads for, and AT_ONCE times that, so that much is in flight; a thread takes WIDTH
+// channels at a time. Both sides are read before it is known whether they count: what an empty one holds
+// is read, but never used. All of a row's threads have read its lse before one of them writes it, so the
+// result may replace either side.
 template <class Input, class Output, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
 __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergeParams p) {
     constexpr int CHUNKS = HEAD_SIZE / WIDTH;
     constexpr int ROW_THREADS = min_of(CHUNKS, NUM_THREADS);
     constexpr int ROWS = NUM_THREADS / ROW_THREADS;
+    constexpr int AT_ONCE = CHUNKS == ROW_THREADS ? 2 : 1;
     static_assert(HEAD_SIZE % WIDTH == 0, "vectors must tile a row");
     float factor = 1.0f;
     if constexpr (is_float8<Output>) factor = 1.0f / (p.output_scale_array ? *p.output_scale_array : p.output_scale);
 
     const int64 num_rows = p.num_tokens * p.num_heads;
-    for (int64 first = int64(blockIdx.x) * ROWS; first < num_rows; first += int64(gridDim.x) * ROWS) {
-        const int64 row = first + threadIdx.x / ROW_THREADS;
-        const bool mine = threadIdx.x < ROWS * ROW_THREADS && row < num_rows;
-        const int64 token = row / p.num_heads;
-        const int head = int(row % p.num_heads);
-        const bool has_prefix = token < p.num_merged_tokens;
-
-        float prefix_lse = minus_infinity(), suffix_lse = minus_infinity();
-        if (mine) {
-            suffix_lse = p.suffix_lse[head * p.suffix_lse_stride_head + token * p.suffix_lse_stride_token];
-            if (has_prefix)
-                prefix_lse = p.prefix_lse[head * p.prefix_lse_stride_head + token * p.prefix_lse_stride_token];
-        }
-        __syncthreads();
-        if (!mine) continue;
-
-        const bool prefix_only = has_prefix && is_empty(suffix_lse);
-        const bool suffix_only = !prefix_only && is_empty(prefix_lse);
-        const float max = fmaxf(prefix_lse, suffix_lse);
-        const float prefix_weight = exp_difference(prefix_lse, max);
-        const float suffix_weight = exp_difference(suffix_lse, max);
-        const float sum = prefix_weight + suffix_weight;
-
-        const Input* prefix_row = static_cast<const Input*>(p.prefix_output) + token * p.prefix_stride_token +
-                                  head * p.prefix_stride_head;
-        const Input* suffix_row = static_cast<const Input*>(p.suffix_output) + token * p.suffix_stride_token +
-                                  head * p.suffix_stride_head;
-        Output* output_row =
-            static_cast<Output*>(p.output) + token * p.output_stride_token + head * p.output_stride_head;
-        for (int chunk = threadIdx.x % ROW_THREADS; chunk < CHUNKS; chunk += ROW_THREADS) {
-            const int channel = chunk * WIDTH;
-            float prefix[WIDTH], suffix[WIDTH];
-            if (!suffix_only) to_floats(load_vector<WIDTH>(prefix_row + channel), prefix);
-            if (!prefix_only) to_floats(load_vector<WIDTH>(suffix_row + channel), suffix);
-            Vector<Output, WIDTH> result;
+    const bool fits_32_bits = num_rows >> 32 == 0;  // where division is much cheaper
+    const int first_chunk = threadIdx.x % ROW_THREADS;
+    for (int64 first = int64(blockIdx.x) * ROWS * AT_ONCE; first < num_rows;
+         first += int64(gridDim.x) * ROWS * AT_ONCE) {
+        int64 token[AT_ONCE];
+        int head[AT_ONCE];
+        bool mine[AT_ONCE], has_prefix[AT_ONCE];
+        float prefix_lse[AT_ONCE], suffix_lse[AT_ONCE];
+        Vector<Input, WIDTH> prefix[AT_ONCE], suffix[AT_ONCE];  // of the first chunk
+        const auto prefix_row = [&](int k) {
+            return static_cast<const Input*>(p.prefix_output) + token[k] * p.prefix_stride_token +
+                   head[k] * p.prefix_stride_head;
+        };
+        const auto suffix_row = [&](int k) {
+            return static_cast<const Input*>(p.suffix_output) + token[k] * p.suffix_stride_token +
+                   head[k] * p.suffix_stride_head;
+        };
 #pragma unroll
-            for (int i = 0; i < WIDTH; i++) {
-                float merged = prefix_only   ? prefix[i]
-                               : suffix_only ? suffix[i]
-                                             : prefix[i] * (prefix_weight / sum) + suffix[i] * (suffix_weight / sum);
-                if constexpr (is_float8<Output>) merged *= factor;
-                result.element[i] = from_float<Output>(merged);
-            }
-            store_vector(output_row + channel, result);
+        for (int k = 0; k < AT_ONCE; k++) {
+            const int64 row = first + k * ROWS + threadIdx.x / ROW_THREADS;
+            mine[k] = threadIdx.x < ROWS * ROW_THREADS && row < num_rows;
+            if (!mine[k]) continue;
+            token[k] = fits_32_bits ? uint32(row) / uint32(p.num_heads) : row / p.num_heads;
+            head[k] = int(row - token[k] * p.num_heads);
+            has_prefix[k] = token[k] < p.num_merged_tokens;
+            suffix_lse[k] = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token[k], head[k]);
+            prefix_lse[k] = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token[k], head[k]);
+            prefix[k] = load_vector<WIDTH>(prefix_row(k) + first_chunk * WIDTH);
+            suffix[k] = load_vector<WIDTH>(suffix_row(k) + first_chunk * WIDTH);
         }
-        if (threadIdx.x % ROW_THREADS == 0 && p.output_lse) {
-            // A token without prefix keeps the lse it came with, be it infinite of either sign.
-            const float lse = !has_prefix   ? suffix_lse
-                              : prefix_only ? (is_empty(prefix_lse) ? minus_infinity() : prefix_lse)
-                              : suffix_only ? suffix_lse
-                                            : logf(sum) + max;
-            p.output_lse[head * p.output_lse_stride_head + token * p.output_lse_stride_token] = lse;
+        if constexpr (WARP % ROW_THREADS == 0) __syncwarp();
+        else __syncthreads();
+
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (!mine[k]) continue;
+            if (!has_prefix[k]) prefix_lse[k] = minus_infinity();
+            const bool prefix_only = has_prefix[k] && is_empty(suffix_lse[k]);
+            const bool suffix_only = !prefix_only && is_empty(prefix_lse[k]);
+            const float max = fmaxf(prefix_lse[k], suffix_lse[k]);
+            const float prefix_weight = exp_difference(prefix_lse[k], max);
+            const float suffix_weight = exp_difference(suffix_lse[k], max);
+            const float sum = prefix_weight + suffix_weight;
+            Output* output_row =
+                static_cast<Output*>(p.output) + token[k] * p.output_stride_token + head[k] * p.output_stride_head;
+
+            for (int chunk = first_chunk; chunk < CHUNKS; chunk += ROW_THREADS) {
+                if (chunk != first_chunk) {
+                    prefix[k] = load_vector<WIDTH>(prefix_row(k) + chunk * WIDTH);
+                    suffix[k] = load_vector<WIDTH>(suffix_row(k) + chunk * WIDTH);
+                }
+                float from_prefix[WIDTH], from_suffix[WIDTH];
+                to_floats(prefix[k], from_prefix);
+                to_floats(suffix[k], from_suffix);
+                Vector<Output, WIDTH> result;
+#pragma unroll
+                for (int i = 0; i < WIDTH; i++) {
+                    float merged = prefix_only ? from_prefix[i]
+                                   : suffix_only
+                                       ? from_suffix[i]
+                                       : from_prefix[i] * (prefix_weight / sum) + from_suffix[i] * (suffix_weight / sum);
+                    if constexpr (is_float8<Output>) merged *= factor;
+                    result.element[i] = from_float<Output>(merged);
+                }
+                store_vector(output_row + chunk * WIDTH, result);
+            }
+            if (first_chunk == 0 && p.output_lse) {
+                // A token without prefix keeps the lse it came with, be it infinite of either sign.
+                const float lse = !has_prefix[k] ? suffix_lse[k]
+                                  : prefix_only  ? (is_empty(prefix_lse[k]) ? minus_infinity() : prefix_lse[k])
+                                  : suffix_only  ? suffix_lse[k]
+                                                 : logf(sum) + max;
+                p.output_lse[head[k] * p.output_lse_stride_head + token[k] * p.output_lse_stride_token] = lse;
+            }
         }
     }
 }

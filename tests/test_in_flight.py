@@ -140,3 +140,15 @@ def test_at_exit_arrays_end_before_their_framework():
         [sys.executable, "-c", LEFT_AT_EXIT], cwd=ROOT, capture_output=True, text=True
     )
     assert (done.stdout, done.stderr) == ("array ends before its framework\n", "")
+
+
+def test_the_end_of_an_array_does_not_change_the_current_device(fake):
+    class Leaves:
+        def __del__(self):
+            fake.device = 1
+
+    in_flight.keep(0, 5, [Leaves()])
+    fake.finished.add(1)
+    in_flight.release_finished(0, 5)
+    assert not in_flight._queues
+    assert fake.device == 0

@@ -16,8 +16,8 @@ class FakeCuPy:
         fake = self
 
         class Device:
-            def __init__(self, device):
-                self.entered = device
+            def __init__(self, device=None):
+                self.entered = fake.device if device is None else device
 
             def __enter__(self):
                 self.left, fake.device = fake.device, self.entered
