@@ -15,9 +15,10 @@ from cupy_paged.attention_checks import (
     check_partition_size,
     check_scratch,
 )
-from cupy_paged.attention_gpu import attend_on_gpu
+from cupy_paged.attention_gpu import PreparedAttention, attend_again, attend_on_gpu
 from cupy_paged.attention_host import attend_on_host
 from cupy_paged.attention_kernels import BY_LENGTH
+from cupy_paged.prepared import keep, likeness
 from cupy_paged.results import empty, hand_over
 
 
@@ -100,6 +101,16 @@ def paged_attention(
         blocksparse_block_size,
         blocksparse_head_sliding_step,
     )
+    seen = likeness(
+        ("paged_attention", scale, layout, kv_cache_dtype, max_seq_len, *sparse),
+        (
+            query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale,
+            out,
+        ),
+    )  # fmt: skip
+    done = attend_again(seen, query, out, return_lse, stream)
+    if done is not None:
+        return done if return_lse else done[0]
     call = check_call(
         query, key_cache, value_cache, block_tables, seq_lens, scale, layout, kv_cache_dtype,
         k_scale, v_scale, alibi_slopes, max_seq_len, sparse, stream,
@@ -109,7 +120,7 @@ def paged_attention(
     else:
         target = check_out(call, out)
     lse = empty(call.query, "lse", call.state_shape, "float32", call.stream) if return_lse else None
-    _attend(call, target, lse)
+    keep(seen, _attend(call, target, lse))
     result = hand_over(target, call.stream) if out is None else out
     return (result, hand_over(lse, call.stream)) if lse is not None else result
 
@@ -154,12 +165,25 @@ def paged_attention_v1(
         blocksparse_block_size,
         blocksparse_head_sliding_step,
     )
+    seen = likeness(
+        (
+            "paged_attention_v1", num_kv_heads, block_size, scale, layout, kv_cache_dtype,
+            max_seq_len, *sparse,
+        ),
+        (
+            query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale,
+            out,
+        ),
+    )  # fmt: skip
+    done = attend_again(seen, query, out, False, stream)
+    if done is not None:
+        return
     call = check_call(
         query, key_cache, value_cache, block_tables, seq_lens, scale, layout, kv_cache_dtype,
         k_scale, v_scale, alibi_slopes, max_seq_len, sparse, stream,
     )  # fmt: skip
     check_named_sizes(call, num_kv_heads, block_size, max_seq_len)
-    _attend(call, check_out(call, out), None)
+    keep(seen, _attend(call, check_out(call, out), None))
 
 
 def paged_attention_v2(
@@ -238,8 +262,9 @@ def _attend(
     lse: Array | None,
     scratch: Scratch | None = None,
     partition_size: int = BY_LENGTH,
-) -> None:
+) -> PreparedAttention | None:
+    """Runs a checked call; returns what calls like it can use, if anything."""
     if call.query.shape[0] == 0:
-        return
+        return None
     backend = attend_on_host if call.query.device is HOST else attend_on_gpu
-    backend(call, out, lse, scratch, partition_size)
+    return backend(call, out, lse, scratch, partition_size)

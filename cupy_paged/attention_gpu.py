@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from cupy_paged import gpu
+from cupy_paged import counters, gpu, in_flight
 from cupy_paged.arrays import Array
 from cupy_paged.attention_checks import Call, Scratch
 from cupy_paged.attention_kernels import (
@@ -14,22 +16,49 @@ from cupy_paged.attention_kernels import (
     attention_plan,
     most_partitions,
 )
-from cupy_paged.counters import counters
 from cupy_paged.dtypes import is_fp8
-from cupy_paged.launch import cache_strides, launch, scale_fields
+from cupy_paged.launch import (
+    Launch,
+    ParamTemplate,
+    cache_strides,
+    prepare,
+    queue,
+    scale_fields,
+)
 from cupy_paged.masks import BlockSparse
-from cupy_paged.results import scratch_memory
-from cupy_paged.streams import Ordering
+from cupy_paged.prepared import Likeness, find
+from cupy_paged.results import blank, pool_memory, scratch_memory
+from cupy_paged.streams import Ordering, current, pointer_of
 
 
-def attend_on_gpu(
-    call: Call, out: Array, lse: Array | None, scratch: Scratch | None, partition_size: int
-) -> None:
-    """Queues a checked call, into arrays of the caller's device.
+class PreparedAttention(NamedTuple):
+    """A checked call without its addresses and its stream."""
 
-    partition_size    of the caller's scratch; else BY_LENGTH, each sequence's own length decides
-    """
-    query, cache, stream = call.query, call.geometry, call.stream
+    framework: str  # of the query
+    device: int
+    shape: tuple[int, int, int]  # of query and out
+    dtype: str
+    reads_scales: bool
+    launches: list[Launch]
+    params: ParamTemplate
+    num_counters: int
+    num_states: int  # partitions of all heads; 0 where none needs scratch of ours
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 4 * self.num_states * (self.shape[2] + 2)
+
+    def states(self, scratch: int) -> tuple[int, int, int]:
+        """Addresses of tmp_out, exp_sums and max_logits in scratch memory."""
+        exp_sums = scratch + 4 * self.num_states * self.shape[2]
+        return scratch, exp_sums, exp_sums + 4 * self.num_states
+
+
+def prepare_attention(
+    call: Call, out: Array, scratch: Scratch | None, partition_size: int
+) -> PreparedAttention:
+    """The kernels of a call, loaded; raises RuntimeError where a capture forbids to load them."""
+    query, cache = call.query, call.geometry
     num_seqs, num_heads, head_size = query.shape
     if scratch is not None:
         max_partitions, scratch_dtype = scratch.exp_sums.shape[2], scratch.tmp_out.dtype
@@ -54,17 +83,21 @@ def attend_on_gpu(
     plan = attention_plan(
         problem, limits.sm, limits.shared_bytes, None if direct else scratch_dtype
     )
+    tiles = num_seqs * cache.num_kv_heads * plan.tiles_per_group
+    launches = [
+        prepare(plan.kernel, query.device, call.stream, tiles * max_partitions, resident=True)
+    ]
+    if plan.combine is not None:
+        launches.append(prepare(plan.combine, query.device, call.stream, num_seqs * num_heads))
+
     mask = call.mask or BlockSparse(0, 1, 1, 0)
+    reads_scales = is_fp8(call.cache_dtype)
     fields = (
-        {name: a.pointer for name, a in zip(call._fields, call[:5], strict=False)}
-        | scale_fields("k_scale", call.k_scale if is_fp8(call.cache_dtype) else 1.0)
-        | scale_fields("v_scale", call.v_scale if is_fp8(call.cache_dtype) else 1.0)
+        scale_fields("k_scale", call.k_scale if reads_scales else 1.0)
+        | scale_fields("v_scale", call.v_scale if reads_scales else 1.0)
         | cache_strides("key_strides", cache.key_strides)
         | cache_strides("value_strides", cache.value_strides)
         | {
-            "out": out.pointer,
-            "lse": 0 if lse is None else lse.pointer,
-            "alibi_slopes": 0 if call.alibi_slopes is None else call.alibi_slopes.pointer,
             "query_stride_seq": query.strides[0],
             "query_stride_head": query.strides[1],
             "out_stride_seq": out.strides[0],
@@ -84,27 +117,105 @@ def attend_on_gpu(
             "tp_rank": mask.tp_rank,
         }
     )
+    return PreparedAttention(
+        query.framework,
+        query.device,
+        query.shape,
+        query.dtype,
+        reads_scales,
+        launches,
+        PARAMS.template(fields),
+        WORK_COUNTERS + tiles,
+        0 if direct or scratch is not None else num_seqs * num_heads * max_partitions,
+    )
 
+
+def attend_on_gpu(
+    call: Call, out: Array, lse: Array | None, scratch: Scratch | None, partition_size: int
+) -> PreparedAttention:
+    """Queues a checked call, into arrays of the caller's device.
+
+    partition_size    of the caller's scratch; else BY_LENGTH, each sequence's own length decides
+
+    Returns what serves other calls like this one.
+    """
+    query, stream = call.query, call.stream
+    prepared = prepare_attention(call, out, scratch, partition_size)
     written = [a for a in (out, lse, *(scratch or ())) if a is not None]
     ordering = Ordering(stream, query.device, query.framework, [*call.arrays, *written])
     ordering.before()
-    slots = num_seqs * num_heads * max_partitions
-    if direct or scratch is not None:
-        memory = contextlib.nullcontext(0)
-    else:
-        memory = scratch_memory(query, 4 * slots * (head_size + 2), stream)
-    work = num_seqs * max_partitions * cache.num_kv_heads * plan.tiles_per_group
-    num_counters = WORK_COUNTERS + num_seqs * cache.num_kv_heads * plan.tiles_per_group
-    with memory as tmp_out, counters(query.device, stream, num_counters) as work_counters:
+    given = (*call[:5], call.alibi_slopes, call.k_scale, call.v_scale, out)
+    pointers = [a.pointer if isinstance(a, Array) else 0 for a in given]
+    lse_pointer = 0 if lse is None else lse.pointer
+    memory = contextlib.nullcontext(0)
+    if prepared.num_states:
+        memory = scratch_memory(query, prepared.scratch_bytes, stream)
+    with (
+        memory as address,
+        counters.counters(query.device, stream, prepared.num_counters) as work,
+    ):
         if scratch is not None:
-            states = {name: a.pointer for name, a in scratch._asdict().items()}
-        elif direct:
-            states = dict.fromkeys(Scratch._fields, 0)
+            states = scratch.tmp_out.pointer, scratch.exp_sums.pointer, scratch.max_logits.pointer
         else:
-            exp_sums = tmp_out + 4 * slots * head_size
-            states = {"tmp_out": tmp_out, "exp_sums": exp_sums, "max_logits": exp_sums + 4 * slots}
-        params = PARAMS.pack(fields | states | {"work": work_counters})
-        launch(plan.kernel, query.device, stream, work, params, resident=True)
-        if plan.combine is not None:
-            launch(plan.combine, query.device, stream, num_seqs * num_heads, params)
+            states = prepared.states(address)
+        _queue(prepared, stream, pointers, lse_pointer, states, work)
     ordering.after()
+    return prepared
+
+
+def attend_again(
+    seen: Likeness | None, query: Any, out: Any, return_lse: bool, stream: Any
+) -> tuple[Any, Any] | None:
+    """Queues a call if one like it was queued before, without checking it again.
+
+    seen    with the pointers of query, key_cache, value_cache, block_tables, seq_lens,
+            alibi_slopes, k_scale, v_scale and out
+
+    Returns (out, lse), lse None unless asked for. Returns None, and has done nothing, for a call
+    unlike all others, and while the stream is being captured: a graph needs memory of its own.
+    """
+    prepared = find(seen)
+    if prepared is None:
+        return None
+    pointers = seen.pointers
+    framework, device, shape, dtype, *_ = prepared
+    stream = current(framework, device) if stream is None else pointer_of(stream)
+    with gpu.on(device):
+        if gpu.is_capturing(device, stream):
+            return None
+        lse, lse_pointer = None, 0
+        if out is None:
+            out = blank(framework, device, query, shape, dtype, stream)
+            pointers[-1] = _pointer(framework, out)
+        if return_lse:
+            lse = blank(framework, device, query, shape[:2], "float32", stream)
+            lse_pointer = _pointer(framework, lse)
+        address = memory = 0
+        if prepared.num_states:
+            address, memory = pool_memory(framework, device, query, prepared.scratch_bytes, stream)
+        work = counters.of_stream(device, stream, prepared.num_counters)
+        _queue(prepared, stream, pointers, lse_pointer, prepared.states(address), work)
+        del memory  # not before
+        in_flight.release_finished(device, stream)
+    return out, lse
+
+
+def _pointer(framework: str, x: Any) -> int:
+    return x.data_ptr() if framework == "torch" else x.data.ptr
+
+
+def _queue(
+    prepared: PreparedAttention,
+    stream: int,
+    pointers: Sequence[int],
+    lse: int,
+    states: tuple[int, int, int],
+    work: int,
+) -> None:
+    *inputs, k_scale, v_scale, out = pointers
+    if not prepared.reads_scales:
+        k_scale = v_scale = 0
+    # In the order of PARAMS.
+    params = prepared.params.filled(out, lse, *states, *inputs, k_scale, v_scale, work)
+    queue(prepared.launches, prepared.device, stream, params)
+    prepared.params.give_back(params)

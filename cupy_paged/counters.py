@@ -30,7 +30,7 @@ _of_streams: dict[tuple[int, int, int], tuple[int, int]] = {}
 def counters(device: int, stream: int, count: int) -> Iterator[int]:
     """Address of `count` counters at zero, 32 bits each, for a kernel queued inside the `with`."""
     if not gpu.is_capturing(device, stream):
-        yield _for_stream(device, stream, count)
+        yield of_stream(device, stream, count)
         return
     address = _for_graph(device, count)
     if address:
@@ -41,7 +41,8 @@ def counters(device: int, stream: int, count: int) -> Iterator[int]:
         yield address
 
 
-def _for_stream(device: int, stream: int, count: int) -> int:
+def of_stream(device: int, stream: int, count: int) -> int:
+    """Address of `count` counters at zero, for a kernel on a stream that is not being captured."""
     # The per-thread default stream has one address and is another stream in every thread.
     thread = threading.get_ident() if stream == gpu.PER_THREAD_DEFAULT_STREAM else 0
     found = _of_streams.get((device, stream, thread))

@@ -78,6 +78,15 @@ def device_of_pointer(pointer: int) -> int:
     return cupy().cuda.runtime.pointerGetAttributes(pointer).device
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def on(device: int) -> contextlib.AbstractContextManager[Any]:
+    """Makes a device the current one, which takes next to no time where it already is."""
+    cuda = cupy().cuda
+    return _NOTHING if cuda.runtime.getDevice() == device else cuda.Device(device)
+
+
 # ---- streams, by pointer ----
 #
 # An event belongs to the device that is current when it is made, and the default streams have the
@@ -95,13 +104,13 @@ def is_capturing(device: int, stream: int) -> bool:
     """
     if stream in LEGACY_DEFAULT_STREAM:
         return False
-    with cupy().cuda.Device(device):
+    with on(device):
         return bool(cupy().cuda.runtime.streamIsCapturing(stream))
 
 
 def record(device: int, stream: int) -> Any:
     """An event after the work that `stream` has been given so far."""
-    with cupy().cuda.Device(device):
+    with on(device):
         event = cupy().cuda.Event(disable_timing=True)
         cupy().cuda.runtime.eventRecord(event.ptr, stream)
     return event
@@ -110,7 +119,7 @@ def record(device: int, stream: int) -> Any:
 def wait(device: int, stream: int, other: int) -> None:
     """Lets later work of `stream` wait for the work that `other` has been given so far."""
     event = record(device, other)  # must outlive the next call
-    with cupy().cuda.Device(device):
+    with on(device):
         cupy().cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
@@ -121,7 +130,7 @@ def memory_nodes(device: int, stream: int, num_bytes: int) -> Iterator[int]:
     It is released in the capture, too: a graph that kept it could not be launched twice.
     """
     runtime = cupy().cuda.runtime
-    with cupy().cuda.Device(device):
+    with on(device):
         pointer = runtime.mallocAsync(num_bytes, stream)
         try:
             yield pointer
@@ -141,13 +150,20 @@ def zeros(device: int, num_bytes: int) -> Any:
 
 def clear(device: int, stream: int, pointer: int, num_bytes: int) -> None:
     """Queues setting memory to zero."""
-    with cupy().cuda.Device(device):
+    with on(device):
         cupy().cuda.runtime.memsetAsync(pointer, 0, num_bytes, stream)
 
 
-@contextlib.contextmanager
-def using(device: int, stream: int) -> Iterator[None]:
+def using(device: int, stream: int) -> contextlib.AbstractContextManager[Any]:
     """Makes a device and a stream the current ones of CuPy."""
+    cuda = cupy().cuda
+    if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
+        return _NOTHING
+    return _using(device, stream)
+
+
+@contextlib.contextmanager
+def _using(device: int, stream: int) -> Iterator[None]:
     with cupy().cuda.Device(device):
         if cupy().cuda.get_current_stream().ptr == stream:
             yield
@@ -168,3 +184,46 @@ def external_stream(stream: int, device: int) -> Any:
     """CuPy's object for a stream of a device that somebody else owns."""
     with cupy().cuda.Device(device):
         return cupy().cuda.Stream.from_external(_Foreign(stream))
+
+
+# ---- copies ----
+
+_MAX_PITCH = 2**31 - 1
+
+
+def is_pinned(pointer: int) -> bool:
+    """Whether an address of host memory is one that CUDA can copy from and to by itself."""
+    runtime = cupy().cuda.runtime
+    return runtime.pointerGetAttributes(pointer).type in (
+        runtime.memoryTypeHost,
+        runtime.memoryTypeManaged,
+    )
+
+
+def copy_rows(
+    device: int,
+    stream: int,
+    target: int,
+    target_step: int,
+    source: int,
+    source_step: int,
+    row_bytes: int,
+    num_rows: int,
+) -> None:
+    """Queues a copy of rows, each of so many bytes, that lie so many bytes apart on either side.
+
+    Addresses may be of a device or of pinned host memory.
+    """
+    runtime = cupy().cuda.runtime
+    kind = runtime.memcpyDefault
+    with cupy().cuda.Device(device):
+        if target_step == source_step == row_bytes or num_rows == 1:
+            runtime.memcpyAsync(target, source, num_rows * row_bytes, kind, stream)
+        elif max(target_step, source_step) <= _MAX_PITCH:
+            runtime.memcpy2DAsync(
+                target, target_step, source, source_step, row_bytes, num_rows, kind, stream
+            )
+        else:
+            for row in range(num_rows):
+                at = target + row * target_step, source + row * source_step
+                runtime.memcpyAsync(*at, row_bytes, kind, stream)

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from cupy_paged import gpu
 from cupy_paged.arrays import Array
 from cupy_paged.compiler import Kernel, load
 
 _FORMATS = {"pointer": "P", "int64": "q", "int": "i", "float": "f"}
+_ADDRESS = struct.Struct("@P")
+
+
+class Params:
+    """A packed struct in memory of its own, behind a list of one address: what a launch takes."""
+
+    __slots__ = ("address", "memory")
+
+    def __init__(self, packed: bytes) -> None:
+        self.memory = ctypes.create_string_buffer(_ADDRESS.size + len(packed))
+        self.address = ctypes.addressof(self.memory)
+        _ADDRESS.pack_into(self.memory, 0, self.address + _ADDRESS.size)
+        self.memory[_ADDRESS.size :] = packed
+
+
+class ParamTemplate:
+    """A struct of which all is known but its pointers."""
+
+    def __init__(self, packed: bytes, pointers: struct.Struct) -> None:
+        self._packed, self._pointers = packed, pointers
+        self._idle: list[Params] = []
+
+    def filled(self, *pointers: int) -> Params:
+        """The struct with all its pointers, in order; nobody else's until it is given back."""
+        try:
+            # One step for all threads, and for whatever interrupts this one.
+            params = self._idle.pop()
+        except IndexError:
+            params = Params(self._packed)
+        self._pointers.pack_into(params.memory, _ADDRESS.size, *pointers)
+        return params
+
+    def give_back(self, params: Params) -> None:
+        """Takes a struct back after its launch, which has copied it."""
+        self._idle.append(params)
 
 
 class ParamStruct:
@@ -27,16 +61,26 @@ class ParamStruct:
         self.fields = {field: kind for kind, *fields in lines for field in fields}
         codes = "".join(_FORMATS[kind] for kind in self.fields.values())
         self._struct = struct.Struct(f"@{codes}0q")
-        self._dtype = np.dtype([("bytes", np.uint8, self._struct.size)])
+        self.pointers = [field for field, kind in self.fields.items() if kind == "pointer"]
+        self._pointers = struct.Struct(f"@{len(self.pointers)}P")
 
     @property
     def size(self) -> int:
         return self._struct.size
 
-    def pack(self, values: Mapping[str, Any]) -> np.void:
-        """The struct, by value; every field must be given."""
-        packed = self._struct.pack(*[values[name] for name in self.fields])
-        return np.frombuffer(packed, self._dtype)[0]
+    def pack(self, values: Mapping[str, Any]) -> Params:
+        """The struct; every field must be given."""
+        return Params(self._packed(values))
+
+    def template(self, values: Mapping[str, Any]) -> ParamTemplate:
+        """The struct without its pointers, which come first; every other field must be given."""
+        assert [*self.fields][: len(self.pointers)] == self.pointers
+        return ParamTemplate(
+            self._packed({**values, **dict.fromkeys(self.pointers, 0)}), self._pointers
+        )
+
+    def _packed(self, values: Mapping[str, Any]) -> bytes:
+        return self._struct.pack(*[values[name] for name in self.fields])
 
 
 def scale_fields(name: str, scale: float | Array) -> dict[str, Any]:
@@ -51,20 +95,42 @@ def cache_strides(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
     return {f"{name}.{dim}": s for dim, s in zip(("block", "head", "token"), strides, strict=True)}
 
 
-def launch(
-    kernel: Kernel, device: int, stream: int, work: int, params: np.void, resident: bool = False
-) -> None:
-    """Queues a kernel on a stream, one thread block for each piece of work.
+class Launch(NamedTuple):
+    """A kernel of one device, and how many thread blocks of it."""
+
+    function: Any  # cupy.cuda.Function
+    blocks: int
+    num_threads: int
+    shared_bytes: int
+
+
+def prepare(kernel: Kernel, device: int, stream: int, work: int, resident: bool = False) -> Launch:
+    """A launch of one thread block for each piece of work; `stream` is the first that it is for.
 
     resident    the kernel takes any grid: no more thread blocks than the device holds at once
     """
     loaded = load(kernel, device, stream)
     blocks = min(work, loaded.max_blocks) if resident else work
-    with gpu.cupy().cuda.Device(device):
-        loaded.function(
-            (blocks, 1, 1),
-            (kernel.num_threads, 1, 1),
-            (params,),
-            kernel.shared_bytes,
-            gpu.external_stream(stream, device),
-        )
+    return Launch(loaded.function, max(blocks, 1), kernel.num_threads, kernel.shared_bytes)
+
+
+def queue(launches: Iterable[Launch], device: int, stream: int, params: Params) -> None:
+    """Queues kernels on a stream of a device, one after the other."""
+    # CuPy's Function takes arguments of all kinds, which costs more than the launch itself.
+    cuda = gpu.cupy().cuda
+    with gpu.on(device):
+        if not cuda.driver.ctxGetCurrent():
+            # A thread that only asked which device is its own has no context yet.
+            cuda.runtime.setDevice(device)
+        for function, blocks, num_threads, shared_bytes in launches:
+            cuda.driver.launchKernel(
+                function.ptr, blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream,
+                params.address, 0,
+            )  # fmt: skip
+
+
+def launch(
+    kernel: Kernel, device: int, stream: int, work: int, params: Params, resident: bool = False
+) -> None:
+    """Queues a kernel on a stream; the arguments are those of `prepare`."""
+    queue([prepare(kernel, device, stream, work, resident)], device, stream, params)

@@ -20,17 +20,28 @@ def empty(leader: Array, name: str, shape: tuple[int, ...], dtype: str, stream: 
 
     JAX and unknown producers cannot be written to: they get NumPy or CuPy memory until then.
     """
-    if leader.framework == "torch":
+    framework, device = leader.framework, leader.device
+    made = blank(framework, device, leader.owner, shape, dtype, stream)
+    return array(made, name, stream)._replace(framework=framework)
+
+
+def blank(
+    framework: str,
+    device: int | None,
+    beside: Any,
+    shape: tuple[int, ...],
+    dtype: str,
+    stream: int,
+) -> Any:
+    """What `empty` makes, as it is: beside an array of that framework on that device."""
+    if framework == "torch":
         torch = sys.modules["torch"]
-        kind = getattr(torch, dtype)
-        with _torch_stream(leader, stream):
-            made = torch.empty(shape, dtype=kind, device=leader.owner.device)
-    elif leader.device is HOST:
-        made = np.empty(shape, _numpy_dtype(dtype))
-    else:
-        with gpu.using(leader.device, stream):
-            made = gpu.cupy().empty(shape, _numpy_dtype(dtype))
-    return array(made, name, stream)._replace(framework=leader.framework)
+        with _torch_stream(device, stream):
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=beside.device)
+    if device is HOST:
+        return np.empty(shape, _numpy_dtype(dtype))
+    with gpu.using(device, stream):
+        return gpu.cupy().empty(shape, _numpy_dtype(dtype))
 
 
 def hand_over(made: Array, stream: int) -> Any:
@@ -57,23 +68,38 @@ def scratch_memory(leader: Array, num_bytes: int, stream: int) -> Iterator[int]:
     if gpu.is_capturing(leader.device, stream):
         with gpu.memory_nodes(leader.device, stream, num_bytes) as pointer:
             yield pointer
-    elif leader.framework == "torch":
-        torch = sys.modules["torch"]
-        with _torch_stream(leader, stream):
-            made = torch.empty(num_bytes, dtype=torch.uint8, device=leader.owner.device)
-        yield made.data_ptr()
     else:
-        with gpu.using(leader.device, stream):
-            memory = gpu.cupy().cuda.alloc(num_bytes)
-        yield memory.ptr
+        pointer, memory = pool_memory(
+            leader.framework, leader.device, leader.owner, num_bytes, stream
+        )
+        yield pointer
+        del memory  # not before
 
 
-def _torch_stream(leader: Array, stream: int) -> contextlib.AbstractContextManager[Any]:
+def pool_memory(
+    framework: str, device: int, beside: Any, num_bytes: int, stream: int
+) -> tuple[int, Any]:
+    """Address and owner of memory that a framework's pool lends, until the owner goes.
+
+    Only for a stream that is not being captured.
+    """
+    if framework == "torch":
+        made = blank(framework, device, beside, (num_bytes,), "uint8", stream)
+        return made.data_ptr(), made
+    with gpu.using(device, stream):
+        memory = gpu.cupy().cuda.alloc(num_bytes)
+    return memory.ptr, memory
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _torch_stream(device: int | None, stream: int) -> contextlib.AbstractContextManager[Any]:
     """Makes a stream torch's current one, so that its allocator knows who will use the memory."""
-    if leader.device is HOST or current("torch", leader.device) == stream:
-        return contextlib.nullcontext()
+    if device is HOST or current("torch", device) == stream:
+        return _NOTHING
     cuda = sys.modules["torch"].cuda
-    return cuda.stream(cuda.ExternalStream(stream, leader.device))
+    return cuda.stream(cuda.ExternalStream(stream, device))
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:

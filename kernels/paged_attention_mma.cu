@@ -487,7 +487,10 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         }
 
         // ---- join the workers: in pairs here, the pairs where they are written ----
-        if (threadIdx.x == 0) shared.jobs_seen = *const_cast<volatile int*>(&shared.jobs_posted);
+        if (threadIdx.x == 0) {
+            shared.jobs_seen = *const_cast<volatile int*>(&shared.jobs_posted);
+            __threadfence_block();  // the jobs that were posted before
+        }
         if (g == 0)
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++)

@@ -167,7 +167,8 @@ def test_the_cases_for_tensor_cores_reach_them(case, sm):
         case.group,
         cache.key_alignment,
         cache.value_alignment,
-        case.alibi,
+        query_alignment=16,
+        has_alibi=case.alibi,
         is_block_sparse=False,
     )
     plan = attention_plan(head, sm, gpu.shared_bytes_of(sm), "float32")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupy_paged import launch
+from cupy_paged import launch, prepared
 from support import compare, frameworks, ops
 from support.data import Case, build
 
@@ -82,6 +82,7 @@ def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded, monkeypatch):
     problem, caches = loaded
     expected = [call(problem, CUPY, **caches) for call in CALLS]
     load = launch.load
+    monkeypatch.setattr(prepared, "_calls", {})
     monkeypatch.setattr(launch, "load", lambda *key: load(*key)._replace(max_blocks=max_blocks))
     for call, want in zip(CALLS, expected, strict=True):
         same_bits(call(problem, CUPY, **caches), want, call.__name__)
