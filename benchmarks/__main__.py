@@ -20,8 +20,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    return arguments.command(arguments)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except FileNotFoundError as error:
+        parser.error(f"{error.filename}: no such file")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ good: nobody knows when it will run.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -21,9 +22,20 @@ _lock = threading.Lock()
 _kept: list[Any] = []
 """All memory: graphs and queued kernels hold addresses, so that none of it can ever go back."""
 _slabs: dict[int, tuple[int, int]] = {}
-"""By device: the address of counters for graphs, and how many of them are taken."""
+"""By device: the address of counters, and how many of them are taken."""
 _of_streams: dict[tuple[int, int, int], tuple[int, int]] = {}
 """By device, stream and thread: the address of counters, and how many there are."""
+
+_numbers = itertools.count(1)
+_thread = threading.local()
+
+
+def _thread_number() -> int:
+    """Of this thread, and never of another: Python's identifiers come back when a thread is gone,
+    whose work may still be queued."""
+    if not hasattr(_thread, "number"):
+        _thread.number = next(_numbers)
+    return _thread.number
 
 
 @contextlib.contextmanager
@@ -44,22 +56,28 @@ def counters(device: int, stream: int, count: int) -> Iterator[int]:
 def of_stream(device: int, stream: int, count: int) -> int:
     """Address of `count` counters at zero, for a kernel on a stream that is not being captured."""
     # The per-thread default stream has one address and is another stream in every thread.
-    thread = threading.get_ident() if stream == gpu.PER_THREAD_DEFAULT_STREAM else 0
+    thread = _thread_number() if stream == gpu.PER_THREAD_DEFAULT_STREAM else 0
     found = _of_streams.get((device, stream, thread))
     if found is None or found[1] < count:
+        # By powers of two, or a batch that grows row by row would leave counters behind each time.
+        size = max(FEWEST, 1 << (count - 1).bit_length())
         with _lock:
-            memory = _kept_zeros(device, max(count, FEWEST))
-            found = _of_streams[device, stream, thread] = memory, max(count, FEWEST)
-    if _slabs.get(device, (0, SLAB))[1] > SLAB // 2:
+            found = _of_streams[device, stream, thread] = _take(device, size), size
+    if _slabs[device][1] > SLAB // 2:
         with _lock:
-            _slabs[device] = _kept_zeros(device, SLAB), 0
+            _take(device, 0)  # room for graphs, which can allocate none
     return found[0]
 
 
-def _kept_zeros(device: int, count: int) -> int:
-    memory = gpu.zeros(device, count * SIZE)
-    _kept.append(memory)
-    return memory.ptr
+def _take(device: int, count: int) -> int:
+    """Counters from a slab of which no more than half is taken before."""
+    address, taken = _slabs.get(device, (0, SLAB))
+    if taken + count > SLAB // 2:
+        memory = gpu.zeros(device, max(SLAB, count) * SIZE)
+        _kept.append(memory)
+        address, taken = memory.ptr, 0
+    _slabs[device] = address, taken + count
+    return address + taken * SIZE
 
 
 def _for_graph(device: int, count: int) -> int | None:

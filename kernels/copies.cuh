@@ -47,18 +47,4 @@ __device__ inline void wait_for_copies() {
 #endif
 }
 
-// Closes a group of this thread's copies. Groups complete in order.
-__device__ inline void commit_copies() {
-#if SM >= 80
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until all of this thread's groups but the last PENDING are complete.
-template <int PENDING> __device__ inline void wait_for_copies_but() {
-#if SM >= 80
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}
-
 }  // namespace cupy_paged

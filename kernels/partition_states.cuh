@@ -2,7 +2,7 @@
 //
 // Each row of scratch, of one query head of one sequence, belongs to one KV head's thread blocks. They
 // count their arrivals; the last one finds all of the row there and sums it up, in an order that follows
-// from the number of partitions alone. It leaves the counter at zero, for the next launch.
+// from the number of partitions alone.
 #pragma once
 #include "attention_params.cuh"
 #include "dtypes.cuh"
@@ -40,9 +40,7 @@ template <class T> __device__ inline Vector<T, 4> load_fresh_vector(const T* sou
 __device__ inline bool arrive_last(uint32* counter, int expected) {
     uint32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    if (before != uint32(expected - 1)) return false;
-    *counter = 0;
-    return true;
+    return before == uint32(expected - 1);
 }
 
 // Sums up partitions `warp`, `warp` + NUM_WARPS, ... for HEADS heads of a piece's sequence, and gives what

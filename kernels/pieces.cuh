@@ -53,16 +53,22 @@ template <int HEADS> struct PieceWalk {
         piece.counter = int64(walk.seq) * pieces_per_partition + part;
         return true;
     }
-
-    // After `next` was false, and with it what was drawn last has been counted. The last thread block
-    // leaves the counters at zero, for the next launch.
-    __device__ void leave() {
-        if (threadIdx.x % WARP) return;
-        if (atomicAdd(&p.work->blocks_gone, 1u) == gridDim.x - 1) {
-            p.work->pieces_taken = 0;
-            p.work->blocks_gone = 0;
-        }
-    }
 };
+
+// By one warp of each thread block, after its last draw and its last arrival. The last of all leaves every
+// counter at zero, for the next launch: also those that somebody who changed lengths meanwhile has upset.
+template <int HEADS> __device__ inline void leave(const AttentionParams& p) {
+    uint32 gone = 0;
+    if (threadIdx.x % WARP == 0)
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                     : "=r"(gone)
+                     : "l"(&p.work->blocks_gone)
+                     : "memory");
+    if (__shfl_sync(ALL_LANES, gone, 0) != gridDim.x - 1) return;
+    __syncwarp();
+    const int64 count = int64(p.num_seqs) * p.num_kv_heads * ceil_div(p.num_heads / p.num_kv_heads, HEADS);
+    for (int64 i = threadIdx.x % WARP; i < count; i += WARP) p.work->arrivals[i] = 0;
+    if (threadIdx.x % WARP == 0) p.work->pieces_taken = p.work->blocks_gone = 0;
+}
 
 }  // namespace cupy_paged

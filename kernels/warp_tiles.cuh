@@ -110,8 +110,9 @@ template <class T, int HEAD_SIZE> struct TokenColumns {
         constexpr int LANES = WARP / CHUNKS;  // channels side by side
         const int lane = threadIdx.x % WARP;
         const int column = lane % CHUNKS;
-        const T* group = cache + __shfl_sync(ALL_LANES, token_base, column * CHUNK);
         const int live = min(max(live_tokens - column * CHUNK, 0), CHUNK) * int(sizeof(T));
+        const int64 base = __shfl_sync(ALL_LANES, token_base, column * CHUNK);
+        const T* group = cache + (live > 0 ? base : 0);  // a dead token's is not where a chunk begins
 #pragma unroll
         for (int channel = lane / CHUNKS; channel < HEAD_SIZE; channel += LANES)
             copy_async<16>(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);

@@ -35,7 +35,7 @@ OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
 MUTANTS = (
     Mutant(
         "v_scale in place of k_scale, tensor cores",
-        "kernels/paged_attention_mma.cu",
+        "kernels/workers.cuh",
         "(p.k_scale_array ? *p.k_scale_array : p.k_scale)",
         "(p.v_scale_array ? *p.v_scale_array : p.v_scale)",
     ),

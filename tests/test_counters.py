@@ -45,7 +45,7 @@ def apart(spans):
 
 def test_a_stream_keeps_its_counters(fake):
     assert address() == address(count=FEWEST)
-    assert [name for _, name, *_ in fake.take()] == ["zeros", "zeros"]  # the stream's, and a slab
+    assert [name for _, name, *_ in fake.take()] == ["zeros"]
 
 
 def test_streams_devices_and_threads_on_their_default_streams_are_apart(fake):
@@ -60,7 +60,22 @@ def test_more_counters_are_other_counters_and_the_old_ones_stay_allocated(fake):
     few, many = address(), address(count=10 * FEWEST)
     assert apart([(few, FEWEST), (many, 10 * FEWEST)])
     assert address() == many
-    assert len(module._kept) == 3
+    assert len(module._kept) == 1
+
+
+def test_a_batch_that_grows_row_by_row_allocates_a_few_times(fake):
+    spans = {(address(count=8 * rows), 8 * rows) for rows in range(1, 4000)}
+    assert len({start for start, _ in spans}) == 4
+    assert len([name for _, name, *_ in fake.take() if name == "zeros"]) == 1
+
+
+def test_a_thread_that_is_gone_leaves_its_counters_to_nobody(fake):
+    spans = []
+    for _ in range(20):
+        thread = threading.Thread(target=lambda: spans.append((address(0, 2), FEWEST)))
+        thread.start()
+        thread.join()
+    assert apart(spans)
 
 
 def test_every_call_in_a_graph_has_counters_of_its_own(fake):

@@ -1,0 +1,124 @@
+// The role that finds work and fetches it, see paged_attention_mma.cu.
+#pragma once
+#include "attention_params.cuh"
+#include "barriers.cuh"
+#include "copies.cuh"
+#include "pieces.cuh"
+#include "warp_tiles.cuh"
+
+namespace cupy_paged {
+
+template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int SLOTS, bool BULK,
+          int QUERY_COPY_BYTES, class Tiles, class Shared>
+__device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
+    // Of the block table the warp keeps what a window of tokens takes, IDS block ids a lane: one more block
+    // than has room in the window, which may begin and end within a block.
+    constexpr int WINDOW = 256;
+    constexpr int IDS = ceil_div(WINDOW / BLOCK_SIZE + 2, WARP);
+    constexpr int CHUNK = 16 / sizeof(Cache);
+    constexpr int COPY = QUERY_COPY_BYTES / sizeof(Query);
+    const int lane = threadIdx.x % WARP;
+    const Cache* key_cache = static_cast<const Cache*>(p.key_cache);
+    const Cache* value_cache = static_cast<const Cache*>(p.value_cache);
+
+    // Windows of the block table, one ahead: by the time that one is wanted, its ids have come.
+    int ids[IDS];
+    const auto look_up = [&](const Piece& piece, int token) {
+#pragma unroll
+        for (int i = 0; i < IDS; i++) {
+            const int block = token / BLOCK_SIZE + i * WARP + lane;
+            if (block * int64(BLOCK_SIZE) < piece.end)
+                ids[i] = p.block_tables[piece.seq * p.block_tables_stride + block];
+        }
+    };
+
+    PieceWalk<HEADS> walk(p);
+    const auto look_up_next = [&] {
+        const bool there = walk.next();
+        if (there) look_up(walk.piece, walk.piece.begin);
+        return there;
+    };
+    bool more = look_up_next();
+    __syncthreads();  // the barriers are ready
+
+    uint32 tile = 0;
+    for (uint32 number = 0;; number++) {
+        const Piece piece = walk.piece;
+        auto& order = shared.order[number % Shared::ORDERS];
+        order.empty.wait(number / Shared::ORDERS % 2 ^ 1);
+        if (more) {
+            const Query* query = static_cast<const Query*>(p.query) + piece.seq * p.query_stride_seq +
+                                 piece.head * p.query_stride_head;
+            for (int i = lane * COPY; i < HEADS * HEAD_SIZE; i += WARP * COPY) {
+                const int head = i / HEAD_SIZE, channel = i % HEAD_SIZE;
+                const bool there = head < piece.num_heads;
+                copy_async<QUERY_COPY_BYTES>(&order.query[head][channel],
+                                             query + (there ? head : 0) * p.query_stride_head + channel,
+                                             there ? QUERY_COPY_BYTES : 0);
+            }
+        }
+        if (lane == 0) {
+            order.piece = piece;
+            order.first_tile = tile;
+            order.is_last = !more;
+        }
+        order.full.arrive_after_copies();
+        order.full.arrive();
+        if (!more) break;
+
+        for (int window = piece.begin; window < piece.end; window += WINDOW) {
+            int id[IDS];
+#pragma unroll
+            for (int i = 0; i < IDS; i++) id[i] = ids[i];
+            const int end = min(window + WINDOW, piece.end);
+            // The next piece: half a window to learn its number, half a window for its ids to come.
+            const int halfway = end < piece.end ? end : max(window, (end - WINDOW / 2) / TILE_TOKENS * TILE_TOKENS);
+            if (end < piece.end) look_up(piece, end);
+            else walk.draw();
+
+            for (int token = window; token < end; token += TILE_TOKENS, tile++) {
+                if (token == halfway) more = look_up_next();
+                const int mine = min(token + lane % TILE_TOKENS, piece.end - 1);
+                const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE;
+                int block = 0;
+#pragma unroll
+                for (int i = 0; i < IDS; i++) {
+                    const int found = __shfl_sync(ALL_LANES, id[i], position % WARP);
+                    if (position / WARP == i) block = found;
+                }
+                const int offset = mine % BLOCK_SIZE, live = piece.end - token;
+                const int64 key_base =
+                    Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>(p.key_strides, block, piece.kv_head, offset, 0);
+                const int64 value_base = Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, block,
+                                                                                              piece.kv_head, offset, 0);
+                const int slot = tile % SLOTS;
+                Tiles& tiles = shared.tiles[slot];
+                Barrier& full = shared.full[slot];
+                shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
+                if constexpr (BULK) {
+                    if (lane == 0) {
+                        full.arrive_expecting(sizeof(tiles));
+                        copy_bulk(&tiles.keys, key_cache + key_base, sizeof(tiles.keys), full);
+                        copy_bulk(&tiles.values, value_cache + value_base, sizeof(tiles.values), full);
+                    }
+                } else {
+                    tiles.keys.fetch(key_cache, key_base, live, [](int c) {
+                        return Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>({}, 0, 0, 0, c * CHUNK);
+                    });
+                    if constexpr (Layout::VALUES_BY_TOKEN)
+                        tiles.values.fetch(value_cache, value_base, live, [](int c) { return c * CHUNK; });
+                    else
+                        tiles.values.template fetch<BLOCK_SIZE>(value_cache, value_base, live);
+                    full.arrive_after_copies();
+                }
+            }
+        }
+        if (piece.begin >= piece.end) {
+            walk.draw();
+            more = look_up_next();
+        }
+    }
+    wait_for_copies();
+}
+
+}  // namespace cupy_paged

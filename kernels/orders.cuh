@@ -1,0 +1,44 @@
+// What the warps of paged_attention_mma.cu share: tiles and pieces on their way from one role to the next.
+#pragma once
+#include "barriers.cuh"
+#include "partition_states.cuh"
+#include "pieces.cuh"
+#include "warp_states.cuh"
+
+namespace cupy_paged {
+
+// A piece on its way from the fetcher to all others.
+template <class Query, int HEADS, int HEAD_SIZE> struct alignas(16) Order {
+    static constexpr int ROW = HEAD_SIZE + 8;  // keeps the lanes that read an operand in different banks
+
+    Query query[HEADS][ROW];
+    Piece piece;
+    uint32 first_tile;  // counted over all pieces of the thread block
+    bool is_last;       // there is no such piece, and none will follow
+    Barrier full, stored, empty;
+};
+
+template <class Tiles, class Query, int NUM_WORKERS, int SLOTS, int HEADS, int HEAD_SIZE> struct alignas(16) MmaShared {
+    static constexpr int ORDERS = 3;
+    // The workers look for jobs in every piece, and the clerk is at most ORDERS pieces behind: no more than
+    // ORDERS + 1 jobs wait.
+    static constexpr int JOBS = 2 * ORDERS;
+
+    Tiles tiles[SLOTS];
+    Order<Query, HEADS, HEAD_SIZE> order[ORDERS];
+    union {
+        WarpStates<NUM_WORKERS / 2, HEADS, HEAD_SIZE> pairs;  // of workers
+        WarpStates<NUM_WORKERS, HEADS_AT_ONCE<HEADS, HEAD_SIZE>, HEAD_SIZE> sums;
+    };
+    float max[NUM_WORKERS][HEADS];
+    Piece job[JOBS];
+    Barrier full[SLOTS], empty[SLOTS], clerk_done;
+    int jobs_posted, jobs_seen;
+};
+
+template <class KeyTile, class ValueTile> struct TilePair {
+    KeyTile keys;
+    ValueTile values;
+};
+
+}  // namespace cupy_paged

@@ -1,0 +1,276 @@
+// The role that computes, see paged_attention_mma.cu.
+#pragma once
+#include "attention_params.cuh"
+#include "barriers.cuh"
+#include "mma.cuh"
+#include "orders.cuh"
+#include "partition_states.cuh"
+#include "reduce.cuh"
+#include "results.cuh"
+#include "softmax.cuh"
+#include "warp_tiles.cuh"
+
+namespace cupy_paged {
+
+template <class Query, bool FLOAT8_CACHE> struct OperandOf {
+    using type = Query;
+};
+template <class Query> struct OperandOf<Query, true> {
+    using type = float16;
+};
+
+// The power of two that brings a number of this magnitude to between 1 and 2.
+__device__ inline float shift_to_one(float magnitude) {
+    const int exponent = min(max(int(__float_as_uint(magnitude) >> 23), 1), 253);
+    return __uint_as_float(uint32(254 - exponent) << 23);
+}
+
+// The queries of a piece as operands B of [channels][heads], and what the logits of heads 8 * n + 2 * j
+// and the next are scaled by. Lanes 4 * g + j: see mma.cuh.
+template <class Query, class Operand, class KeyTile, int HEADS, int HEAD_SIZE, int COLUMNS, class Order>
+__device__ inline void read_queries(const Order& order, float logit_scale,
+                                    uint32 (&query)[COLUMNS][HEAD_SIZE / 16][2], float (&column_scale)[COLUMNS][2]) {
+    constexpr bool SHIFTED = !same_type<Query, Operand>;
+    constexpr int STEPS = HEAD_SIZE / 16;
+    const int lane = threadIdx.x % WARP, g = lane / 4, j = lane % 4;
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+        const int head = 8 * n + g;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                // float8 keys come four adjacent channels to a lane, see TokenRows::keys.
+                const int channel = 16 * step + (KeyTile::OPERANDS == 1 ? 2 * j + 8 * half : 4 * j + 2 * half);
+                query[n][step][half] =
+                    head < HEADS ? *reinterpret_cast<const uint32*>(&order.query[min(head, HEADS - 1)][channel]) : 0u;
+            }
+        float shift = 1.0f;
+        if constexpr (SHIFTED) {
+            float magnitude = 0.0f;
+#pragma unroll
+            for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    magnitude = fmaxf(magnitude, fmaxf(fabsf(to_float(low_half<Query>(query[n][step][half]))),
+                                                       fabsf(to_float(high_half<Query>(query[n][step][half])))));
+            shift = shift_to_one(lanes_max<4>(magnitude));
+#pragma unroll
+            for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    query[n][step][half] = pack<Operand>(to_float(low_half<Query>(query[n][step][half])) * shift,
+                                                         to_float(high_half<Query>(query[n][step][half])) * shift);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            column_scale[n][i] =
+                SHIFTED ? logit_scale / __shfl_sync(ALL_LANES, shift, (2 * j + i) * 4) : logit_scale;
+    }
+}
+
+// Joins the workers' states, in pairs: (worker, worker + NUM_WORKERS / 2). The pairs are joined by whoever
+// reads them. Returns how many jobs the clerk had posted, the same for all workers.
+template <class ValueTile, int NUM_WORKERS, int HEADS, int HEAD_SIZE, int COLUMNS, class Shared>
+__device__ inline int join_workers(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
+                                   const float (&weighted)[COLUMNS][HEAD_SIZE / 16][4]) {
+    constexpr int NUM_THREADS = NUM_WORKERS * WARP, STEPS = HEAD_SIZE / 16;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, j = lane % 4;
+    if (threadIdx.x == 0) {
+        shared.jobs_seen = *const_cast<volatile int*>(&shared.jobs_posted);
+        __threadfence_block();  // the jobs that were posted before
+    }
+    if (g == 0)
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (8 * n + 2 * j + i < HEADS) shared.max[warp][8 * n + 2 * j + i] = max[n][i];
+    sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
+    const int jobs = shared.jobs_seen;
+    const int pair = warp % (NUM_WORKERS / 2);
+    const bool is_first = warp < NUM_WORKERS / 2;
+    auto& states = shared.pairs;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (is_first == (half == 1))
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int head = 8 * n + 2 * j + i;
+                    const bool there = head < HEADS;
+                    const float other = there ? shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head] : LOWEST;
+                    const float pair_max = fmaxf(max[n][i], other);
+                    const float rescale = exp_difference(max[n][i], pair_max);
+                    float total = sum[n][i] * rescale;
+#pragma unroll
+                    for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+                    if (!there) continue;
+                    if (g == 0) {
+                        states.max[pair][head] = pair_max;
+                        states.sum[pair][head] = half == 0 ? total : states.sum[pair][head] + total;
+                    }
+#pragma unroll
+                    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                        for (int k = 0; k < 2; k++) {
+                            float& joined = states.weighted[pair][head][ValueTile::channel(step, g + 8 * k)];
+                            const float mine = weighted[n][step][i + 2 * k] * rescale;
+                            joined = half == 0 ? mine : joined + mine;
+                        }
+                }
+        sync_warps<1, NUM_THREADS>();
+    }
+    return jobs;
+}
+
+template <class Query, class Cache, class Layout, int HEAD_SIZE, int HEADS, int NUM_WORKERS, int SLOTS, bool BULK,
+          class Bias, class Scratch, class Tiles, class Shared>
+__device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared) {
+    using KeyTile = TokenRows<Cache, HEAD_SIZE, Layout::KEYS_BY_TOKEN>;
+    using ValueTile = typename WarpValues<Layout, Cache, HEAD_SIZE>::Tile;
+    // float8 widens to float16, exactly. A bfloat16 query then follows, shifted into float16's range.
+    using Operand = typename OperandOf<Query, is_float8<Cache>>::type;
+    constexpr int NUM_THREADS = NUM_WORKERS * WARP;
+    constexpr int COLUMNS = ceil_div(HEADS, 8);  // tiles of 8 query heads
+    constexpr int STEPS = HEAD_SIZE / 16;
+    constexpr int PAIRS = STEPS / KeyTile::OPERANDS;
+    static_assert(HEAD_SIZE % (16 * KeyTile::OPERANDS) == 0, "operands must be whole");
+    // Within a piece a slot is one worker's, who takes its tiles in order; the join keeps pieces apart. Else a
+    // worker could meet a slot a whole round too early.
+    static_assert(SLOTS % NUM_WORKERS == 0, "slots must be the workers' own");
+
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int g = lane / 4, j = lane % 4;  // see mma.cuh
+    const float logit_scale = p.scale * (p.k_scale_array ? *p.k_scale_array : p.k_scale);
+    const float value_scale = p.v_scale_array ? *p.v_scale_array : p.v_scale;
+    int jobs_done = 0;
+    const auto do_jobs = [&](int jobs) {
+        constexpr int AT_ONCE = HEADS_AT_ONCE<HEADS, HEAD_SIZE>;
+        for (; jobs_done < jobs; jobs_done++) {
+            const Piece job = shared.job[jobs_done % Shared::JOBS];
+            for (int head = 0; head < job.num_heads; head += AT_ONCE) {
+                sync_warps<1, NUM_THREADS>();
+                sum_partitions<Scratch, NUM_WORKERS, AT_ONCE, HEAD_SIZE>(p, shared.sums, job, head, warp);
+                sync_warps<1, NUM_THREADS>();
+                write_result<Query, AT_ONCE, HEAD_SIZE, NUM_THREADS>(p, job, head, shared.sums, 1.0f);
+            }
+        }
+    };
+
+    for (uint32 number = 0;; number++) {
+        auto& order = shared.order[number % Shared::ORDERS];
+        order.full.wait(number / Shared::ORDERS % 2);
+        if (order.is_last) break;
+        const int begin = order.piece.begin, end = order.piece.end, seq_len = order.piece.seq_len;
+        const int first_head = order.piece.head, num_heads = order.piece.num_heads;
+
+        uint32 query[COLUMNS][STEPS][2];
+        float column_scale[COLUMNS][2];  // of the logits of heads 8 * n + 2 * j and the next
+        read_queries<Query, Operand, KeyTile, HEADS, HEAD_SIZE>(order, logit_scale, query, column_scale);
+
+        float max[COLUMNS][2], sum[COLUMNS][2];  // of heads 8 * n + 2 * j and the next
+        float weighted[COLUMNS][STEPS][4] = {};
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++)
+            for (int i = 0; i < 2; i++) max[n][i] = LOWEST, sum[n][i] = 0.0f;
+
+        uint32 tile = order.first_tile + warp;
+        for (int first = begin + warp * TILE_TOKENS; first < end;
+             first += NUM_WORKERS * TILE_TOKENS, tile += NUM_WORKERS) {
+            const int slot = tile % SLOTS;
+            Tiles& tiles = shared.tiles[slot];
+            shared.full[slot].wait(tile / SLOTS % 2);
+            if constexpr (BULK)
+                if (first + TILE_TOKENS > end) {
+                    tiles.values.clear_from(end - first);
+                    fence_before_bulk();
+                    __syncwarp();
+                }
+
+            // ---- score ----
+            float score[COLUMNS][4] = {};
+            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair++) {
+                uint32 keys[KeyTile::OPERANDS][4];
+                tiles.keys.keys(pair, my_row, keys);
+#pragma unroll
+                for (int i = 0; i < KeyTile::OPERANDS; i++)
+#pragma unroll
+                    for (int n = 0; n < COLUMNS; n++)
+                        mma<Operand>(score[n], keys[i], query[n][pair * KeyTile::OPERANDS + i]);
+            }
+
+            // ---- mask, and fold into the softmax state ----
+            uint32 weights[COLUMNS][2];
+            float rescale[COLUMNS][2];
+            bool moved = false;
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) {
+                float weight[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int token = first + ValueTile::token_of_row(g + i / 2 * 8);
+                    const int head = first_head + min(8 * n + 2 * j + i % 2, num_heads - 1);
+                    const float logit = Bias::add(p, score[n][i] * column_scale[n][i % 2], head, token, seq_len);
+                    score[n][i] = token < end ? logit : LOWEST;
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    float highest = fmaxf(score[n][i], score[n][i + 2]);
+#pragma unroll
+                    for (int step = 4; step < WARP; step *= 2)
+                        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, step));
+                    const float new_max = fmaxf(max[n][i], highest);
+                    moved |= new_max != max[n][i];
+                    rescale[n][i] = exp_difference(max[n][i], new_max);
+                    max[n][i] = new_max;
+                    weight[i] = exp_difference(score[n][i], new_max);
+                    weight[i + 2] = exp_difference(score[n][i + 2], new_max);
+                    sum[n][i] = sum[n][i] * rescale[n][i] + (weight[i] + weight[i + 2]);
+                }
+                weights[n][0] = transpose_matrix(pack<Operand>(weight[0], weight[1]));
+                weights[n][1] = transpose_matrix(pack<Operand>(weight[2], weight[3]));
+            }
+            // Most tiles leave every maximum where it is.
+            if (__any_sync(ALL_LANES, moved))
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+                    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) weighted[n][step][i] *= rescale[n][i % 2];
+
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair++) {
+                uint32 values[KeyTile::OPERANDS][4];
+                tiles.values.values(pair, values);
+#pragma unroll
+                for (int i = 0; i < KeyTile::OPERANDS; i++)
+#pragma unroll
+                    for (int n = 0; n < COLUMNS; n++)
+                        mma<Operand>(weighted[n][pair * KeyTile::OPERANDS + i], values[i], weights[n]);
+            }
+            __syncwarp();
+            if (lane == 0) shared.empty[slot].arrive();
+        }
+
+        const int jobs = join_workers<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
+        if (p.tmp_out && begin < end)
+            write_partition<Scratch, HEAD_SIZE, NUM_THREADS>(p, order.piece, shared.pairs, value_scale);
+        if (order.piece.num_partitions == 1)
+            write_result<Query, HEADS, HEAD_SIZE, NUM_THREADS>(p, order.piece, 0, shared.pairs, value_scale);
+        __syncwarp();
+        if (lane == 0) {
+            order.stored.arrive();
+            order.empty.arrive();
+        }
+        do_jobs(jobs);
+    }
+    shared.clerk_done.wait(0);
+    do_jobs(*const_cast<volatile int*>(&shared.jobs_posted));
+}
+
+}  // namespace cupy_paged
