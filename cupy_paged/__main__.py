@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cupy_paged import __version__, info
+from cupy_paged import __version__, info, size
 
-COMMANDS = (info,)
+COMMANDS = (info, size)
 
 
 def build_parser() -> argparse.ArgumentParser:

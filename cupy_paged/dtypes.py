@@ -112,7 +112,9 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return code.astype(STORAGE[dtype])
 
 
-def kv_cache_dtype_name(kv_cache_dtype: str, array_dtype: str, query_dtype: str) -> str:
+def kv_cache_dtype_name(
+    kv_cache_dtype: str, array_dtype: str, query_dtype: str, name: str = "key_cache"
+) -> str:
     """Name of the dtype that a cache array holds.
 
     >>> kv_cache_dtype_name("fp8", "uint8", "float16")
@@ -123,6 +125,7 @@ def kv_cache_dtype_name(kv_cache_dtype: str, array_dtype: str, query_dtype: str)
                      "fp8", "fp8_e4m3", "fp8_e5m2": that fp8, in a uint8 or float8 array
     array_dtype      dtype of key_cache
     query_dtype      dtype of the unquantised operand (query, or the key to be written)
+    name             the argument that key_cache was given for, for errors
 
     Raises ValueError for a `kv_cache_dtype` that is unknown, contradicts the array, or leaves the
     meaning of uint8 open; TypeError for an array that can hold no cache of these queries.
@@ -130,31 +133,30 @@ def kv_cache_dtype_name(kv_cache_dtype: str, array_dtype: str, query_dtype: str)
     if not isinstance(kv_cache_dtype, str):
         raise TypeError(f"kv_cache_dtype: got {type(kv_cache_dtype).__name__}, needs a str")
     if kv_cache_dtype in FP8:
-        name = FP8[kv_cache_dtype]
-        if array_dtype not in ("uint8", name):
+        dtype = FP8[kv_cache_dtype]
+        if array_dtype not in ("uint8", dtype):
             raise TypeError(
-                f"key_cache: dtype {array_dtype} cannot hold {kv_cache_dtype!r}, "
-                f"needs uint8 or {name}"
+                f"{name}: dtype {array_dtype} cannot hold {kv_cache_dtype!r}, "
+                f"needs uint8 or {dtype}"
             )
-        return name
+        return dtype
     if kv_cache_dtype not in ("auto", *FLOATS):
         raise ValueError(
             f"kv_cache_dtype: unknown {kv_cache_dtype!r}, needs one of {['auto', *FLOATS, *FP8]}"
         )
     if kv_cache_dtype == "auto" and array_dtype == "uint8":
         raise ValueError(
-            "kv_cache_dtype: 'auto' does not say what a uint8 key_cache holds, "
-            f"needs one of {[*FP8]}"
+            f"kv_cache_dtype: 'auto' does not say what a uint8 {name} holds, needs one of {[*FP8]}"
         )
     if kv_cache_dtype == "auto" and is_fp8(array_dtype):
         return array_dtype
     if array_dtype != query_dtype:
         raise TypeError(
-            f"key_cache: dtype {array_dtype}, needs {query_dtype} as in the query or key, or fp8"
+            f"{name}: dtype {array_dtype}, needs {query_dtype} as in the query or key, or fp8"
         )
     if kv_cache_dtype not in ("auto", array_dtype):
         raise ValueError(
-            f"kv_cache_dtype: {kv_cache_dtype!r} does not match key_cache's {array_dtype}"
+            f"kv_cache_dtype: {kv_cache_dtype!r} does not match {name}'s {array_dtype}"
         )
     return array_dtype
 

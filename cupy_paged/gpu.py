@@ -216,7 +216,7 @@ def copy_rows(
     """
     runtime = cupy().cuda.runtime
     kind = runtime.memcpyDefault
-    with cupy().cuda.Device(device):
+    with on(device):
         if target_step == source_step == row_bytes or num_rows == 1:
             runtime.memcpyAsync(target, source, num_rows * row_bytes, kind, stream)
         elif max(target_step, source_step) <= _MAX_PITCH:

@@ -77,23 +77,25 @@ def geometry(layout: str, key_cache: Array, value_cache: Array, dtype: str) -> C
     if found.head_size % 8 or not 8 <= found.head_size <= MAX_HEAD_SIZE:
         padded = min(-(-found.head_size // 8) * 8, MAX_HEAD_SIZE) or 8
         raise ValueError(
-            f"key_cache: head_size {found.head_size} is not supported, needs a multiple of 8 "
-            f"from 8 to {MAX_HEAD_SIZE} (pad query, keys and values with zeros, here to {padded}, "
-            "and give the scale of the true head_size)"
+            f"{key_cache.name}: head_size {found.head_size} is not supported, needs a "
+            f"multiple of 8 from 8 to {MAX_HEAD_SIZE} (pad query, keys and values with zeros, "
+            f"here to {padded}, and give the scale of the true head_size)"
         )
     if not 1 <= found.block_size <= MAX_BLOCK_SIZE:
         raise ValueError(
-            f"key_cache: block_size {found.block_size} is not supported, "
+            f"{key_cache.name}: block_size {found.block_size} is not supported, "
             f"needs 1 to {MAX_BLOCK_SIZE}"
         )
     if found.num_kv_heads < 1:
-        raise ValueError(f"key_cache: shape {key_cache.shape} has no KV heads")
+        raise ValueError(f"{key_cache.name}: shape {key_cache.shape} has no KV heads")
     return found
 
 
-def _match(name: str, expected: object, value_cache: Array, got: object) -> None:
+def _match(name: str, key_cache: Array, expected: int, value_cache: Array, got: int) -> None:
     if got != expected:
-        raise ValueError(f"value_cache: {name} {got} does not match key_cache's {expected}")
+        raise ValueError(
+            f"{value_cache.name}: {name} {got} does not match {key_cache.name}'s {expected}"
+        )
 
 
 def _needs_dims(a: Array, dims: int, layout: str) -> None:
@@ -118,14 +120,14 @@ def _vllm(key_cache: Array, value_cache: Array, dtype: str) -> CacheGeometry:
     num_blocks, num_kv_heads, chunks, block_size, x = key_cache.shape
     if x != 16 // itemsize(dtype):
         raise ValueError(
-            f"key_cache: x (the last dimension) is {x}, needs {16 // itemsize(dtype)} "
+            f"{key_cache.name}: x (the last dimension) is {x}, needs {16 // itemsize(dtype)} "
             f"elements of {dtype} in 16 bytes"
         )
     head_size = chunks * x
-    _match("num_blocks", num_blocks, value_cache, value_cache.shape[0])
-    _match("num_kv_heads", num_kv_heads, value_cache, value_cache.shape[1])
-    _match("head_size", head_size, value_cache, value_cache.shape[2])
-    _match("block_size", block_size, value_cache, value_cache.shape[3])
+    _match("num_blocks", key_cache, num_blocks, value_cache, value_cache.shape[0])
+    _match("num_kv_heads", key_cache, num_kv_heads, value_cache, value_cache.shape[1])
+    _match("head_size", key_cache, head_size, value_cache, value_cache.shape[2])
+    _match("block_size", key_cache, block_size, value_cache, value_cache.shape[3])
     _needs_packed(key_cache, 2, "vllm", "the keys of a head's block")
     _needs_packed(value_cache, 2, "vllm", "the values of a head's block")
     return CacheGeometry(
@@ -147,7 +149,7 @@ def _rows(layout: str, key_cache: Array, value_cache: Array) -> CacheGeometry:
     head_dim, token_dim = (1, 2) if layout == "HND" else (2, 1)
     names = {0: "num_blocks", head_dim: "num_kv_heads", token_dim: "block_size", 3: "head_size"}
     for dim, name in sorted(names.items()):
-        _match(name, key_cache.shape[dim], value_cache, value_cache.shape[dim])
+        _match(name, key_cache, key_cache.shape[dim], value_cache, value_cache.shape[dim])
     for cache in (key_cache, value_cache):
         _needs_packed(cache, 3, layout, "the channels of a token")
 

@@ -312,3 +312,110 @@ def _weigh(weights: np.ndarray, value: np.ndarray, attended: np.ndarray) -> np.n
         seen = attended[kv_head, query_head]
         out[kv_head, query_head] = weights[kv_head, query_head, seen] @ value[kv_head, seen]
     return out
+
+
+@np.errstate(all="ignore")
+def concat_and_cache_mla(
+    kv_c: np.ndarray,
+    k_pe: np.ndarray,
+    kv_cache: np.ndarray,
+    slot_mapping: np.ndarray,
+    *,
+    dtype: str,
+    cache_dtype: str,
+    scale: float = 1.0,
+) -> None:
+    """Write latents and rotary keys into their slots of an MLA cache, in place.
+
+    kv_c, k_pe     [num_tokens or more, kv_lora_rank] and [.., pe_dim], storage of `dtype`
+    kv_cache       [num_blocks, block_size, kv_lora_rank + pe_dim], storage of `cache_dtype`
+    slot_mapping, scale, errors: as in `reshape_and_cache`
+    """
+    rows = np.concatenate([kv_c, k_pe], axis=1)[:, None]
+    cache = kv_cache[:, :, None]
+    reshape_and_cache(
+        rows,
+        rows,
+        cache,
+        cache,
+        slot_mapping,
+        layout="NHD",
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        k_scale=scale,
+        v_scale=scale,
+    )
+
+
+@np.errstate(all="ignore")
+def gather_cache(
+    key: np.ndarray,
+    value: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    block_tables: np.ndarray,
+    cu_seq_lens: np.ndarray,
+    seq_starts: np.ndarray | None,
+    *,
+    layout: str,
+    dtype: str,
+    cache_dtype: str,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """Gather tokens of sequences into `key` and `value`, in place.
+
+    key, value               [num_tokens, num_kv_heads, head_size], storage of `dtype`
+    key_cache, value_cache   storage of `cache_dtype`, in `layout` "vllm", "HND" or "NHD"
+    block_tables             int32 [num_seqs, max_num_blocks_per_seq]
+    cu_seq_lens              int32 [num_seqs + 1], where the rows of each sequence begin and end
+    seq_starts               int32 [num_seqs], the first token of each; None: 0
+    k_scale, v_scale         for fp8 that becomes float: code * scale, in float32
+
+    Between equal dtypes bits are copied. Rows past the end are left out.
+    Raises ValueError for a cu_seq_lens that decreases, IndexError for a token without a block,
+    before anything is written.
+    """
+    num_blocks, block_size = by_token(key_cache, layout).shape[:2]
+    ends = cu_seq_lens.astype(np.int64)
+    if ends[0] < 0 or (np.diff(ends) < 0).any():
+        raise ValueError("cu_seq_lens: decreases, needs the running sum of the lengths")
+    seq = np.repeat(np.arange(len(block_tables)), np.diff(ends))
+    row = ends[0] + np.arange(len(seq))
+    seq, row = seq[row < len(key)], row[row < len(key)]
+    position = row - ends[seq] + (0 if seq_starts is None else seq_starts[seq].astype(np.int64))
+    page, offset = np.divmod(position, block_size)
+    width = block_tables.shape[1]
+    if (lost := (page < 0) | (page >= width)).any():
+        first = np.argmax(lost)
+        raise IndexError(
+            f"seq_starts: token {position[first]} of sequence {seq[first]}, needs a token that "
+            f"block_tables has a column for: 0 <= token < {width * block_size}"
+        )
+    block = block_tables[seq, page]
+    if (lost := (block < 0) | (block >= num_blocks)).any():
+        first = np.argmax(lost)
+        raise IndexError(
+            f"block_tables[{seq[first]}, {page[first]}]: block {block[first]} of a token to "
+            f"gather, needs 0 <= block < {num_blocks}"
+        )
+    for target, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        rows = by_token(cache, layout)[block, offset].reshape(len(row), *key.shape[1:])
+        if dtype != cache_dtype:
+            rows = encode(decode(rows, cache_dtype, np.float32) * np.float32(scale), dtype)
+        target[row] = rows
+
+
+def convert_layout(
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    new_key_cache: np.ndarray,
+    new_value_cache: np.ndarray,
+    *,
+    layout: str,
+    new_layout: str,
+) -> None:
+    """Copy caches in `layout` into `new_key_cache` and `new_value_cache` in `new_layout`."""
+    for source, target in ((key_cache, new_key_cache), (value_cache, new_value_cache)):
+        target = by_token(target, new_layout)
+        target[...] = by_token(source, layout).reshape(target.shape)

@@ -3,8 +3,8 @@
 // Slot = block * block_size + offset. A negative slot marks padding and is skipped, and so is a slot
 // past the end of the cache: there is no memory behind it. A float8 cache stores
 // saturate(x / scale); any other keeps the bits.
-#include "dtypes.cuh"
 #include "layouts.cuh"
+#include "quantise.cuh"
 
 namespace cupy_paged {
 
@@ -26,11 +26,6 @@ struct WriteParams {
     int num_kv_heads;
     float k_scale, v_scale;
 };
-
-template <class Cache, class Source> __device__ inline Cache stored(Source x, float scale) {
-    if constexpr (is_float8<Cache>) return from_float<Cache>(to_float(x) / scale);
-    else return x;
-}
 
 // Moves WIDTH adjacent channels, which lie STRIDE elements apart in the cache.
 template <int WIDTH, int STRIDE, class Source, class Cache>

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 
 OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
+MOVES = "tests/gpu/test_block_ops.py"
 
 MUTANTS = (
     Mutant(
@@ -84,6 +85,76 @@ MUTANTS = (
         "const int live = min(count, from.end - token);",
         "const int live = from.end > token - BLOCK_SIZE ? count : 0;",
         OLDER_CHIPS,
+    ),
+    Mutant(
+        "the last bytes of a block are not copied",
+        "kernels/copy_blocks.cu",
+        "(p.block_bytes + UNIT - 1) / UNIT",
+        "p.block_bytes / UNIT",
+        MOVES,
+    ),
+    Mutant(
+        "pairs from the host are read past their layer",
+        "kernels/copy_blocks.cu",
+        "p.pairs[copy / p.num_pools]",
+        "p.pairs[copy % p.num_pairs]",
+        MOVES,
+    ),
+    Mutant(
+        "32-bit offset of a copied block",
+        "kernels/copy_blocks.cu",
+        "pool.blocks + source * pool.stride",
+        "pool.blocks + int(source * pool.stride)",
+        MOVES,
+    ),
+    Mutant(
+        "a sequence is gathered from its table's first token",
+        "kernels/gather_cache.cu",
+        "(p.seq_starts ? p.seq_starts[seq] : 0)",
+        "0",
+        MOVES,
+    ),
+    Mutant(
+        "a token on a sequence's edge goes to its neighbour",
+        "kernels/gather_cache.cu",
+        "if (p.cu_seq_lens[middle] <= token) seq = middle;",
+        "if (p.cu_seq_lens[middle] < token) seq = middle;",
+        MOVES,
+    ),
+    Mutant(
+        "k_scale in place of v_scale, gathered values",
+        "kernels/gather_cache.cu",
+        "p.v_scale_array ? *p.v_scale_array : p.v_scale",
+        "p.k_scale_array ? *p.k_scale_array : p.k_scale",
+        MOVES,
+    ),
+    Mutant(
+        "rows past the end are gathered",
+        "kernels/gather_cache.cu",
+        "token >= p.num_tokens || ",
+        "",
+        MOVES,
+    ),
+    Mutant(
+        "tiles after the first of a block are not converted",
+        "kernels/convert_layout.cu",
+        "return first_token + token < BLOCK_SIZE;",
+        "return first_token + token < TOKENS;",
+        MOVES,
+    ),
+    Mutant(
+        "the values' last channels are not turned",
+        "kernels/token_moves.cuh",
+        "begin + channel >= HEAD_SIZE",
+        "begin + channel >= HEAD_SIZE / 64 * 64",
+        MOVES,
+    ),
+    Mutant(
+        "the rotary key is read from its second element",
+        "kernels/concat_and_cache_mla.cu",
+        "rotary + (i - p.kv_lora_rank)",
+        "rotary + (i - p.kv_lora_rank + 1)",
+        MOVES,
     ),
 )
 

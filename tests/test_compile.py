@@ -6,6 +6,7 @@ sample of the rest, another one for each architecture.
 
 import concurrent.futures
 import itertools
+import math
 import multiprocessing
 import os
 import random
@@ -13,7 +14,7 @@ import random
 import pytest
 
 from cupy_paged import attention_kernels as attention
-from cupy_paged import cache_ops, gpu, merge
+from cupy_paged import block_ops, cache_ops, gpu, layout_ops, merge, mla
 from cupy_paged.attention_kernels import HeadProblem, attention_plan
 from cupy_paged.cache_ops import convert_kernel, write_kernel
 from cupy_paged.compiler import Kernel, flatten, options
@@ -119,11 +120,41 @@ def convert_kernels(sm: int) -> list[Kernel]:
     return [convert_kernel(*order) for pair in pairs for order in (pair, pair[::-1])]
 
 
+def move_kernels(sm: int) -> list[Kernel]:
+    """Blocks, gathers, conversions of layouts and the MLA writer: some for each architecture."""
+    rng = random.Random(sm)
+    kernels = [block_ops.copy_kernel(width) for width in (16, rng.choice((1, 2, 4, 8)))]
+    for layout in LAYOUTS:
+        dtype, cache = rng.choice(DTYPES)
+        head_size, block_size = 16 * rng.randint(1, 32), rng.choice(BLOCK_SIZES)
+        new_layout = rng.choice([other for other in LAYOUTS if other != layout])
+        size = itemsize(cache)
+        key_width = rng.choice((1, 16 // max(size, itemsize(dtype))))
+        value_width = key_width
+        if layout == "vllm":
+            value_width = 4 // size
+        kernels.append(
+            layout_ops.gather_kernel(
+                cache, dtype, layout, head_size, block_size, key_width, value_width
+            )
+        )
+        token_width = math.gcd(16 // size, block_size)
+        kernels.append(
+            layout_ops.layout_kernel(
+                size, layout, new_layout, head_size, block_size, 16 // size, 4 // size, token_width
+            )
+        )
+    dtype, cache = rng.choice(DTYPES)
+    kernels.append(mla.concat_kernel(dtype, cache, rng.choice((1, 16 // itemsize(dtype)))))
+    return kernels
+
+
 SETS = {
     "paged_attention": attention_kernels,
     "merge_attn_states": merge_kernels,
     "reshape_and_cache": write_kernels,
     "convert_fp8": convert_kernels,
+    "moves": move_kernels,
 }
 
 PARAMS = {
@@ -131,6 +162,10 @@ PARAMS = {
     "merge_attn_states.cu": merge.PARAMS,
     "reshape_and_cache.cu": cache_ops.WRITE_PARAMS,
     "convert_fp8.cu": cache_ops.CONVERT_PARAMS,
+    "copy_blocks.cu": block_ops.COPY_PARAMS,
+    "gather_cache.cu": layout_ops.GATHER_PARAMS,
+    "convert_layout.cu": layout_ops.CONVERT_PARAMS,
+    "concat_and_cache_mla.cu": mla.PARAMS,
 }
 
 

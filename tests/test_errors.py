@@ -285,6 +285,142 @@ CONVERT = [
     ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
 ]  # fmt: skip
 
+
+def second(name, spoil):
+    """A change of the second array of a list, by a function of it."""
+    return lambda given: {name: [given[name][0], spoil(given[name][1])]}
+
+
+def mapping(*pairs, dtype=np.int64):
+    return to(block_mapping=np.array(pairs, dtype))
+
+
+MAPPING = [
+    *not_arrays("block_mapping"),
+    *bad_memory("block_mapping"),
+    ("block_mapping is int32", mapping((0, 1), dtype=np.int32), TypeError, "^block_mapping: dtype int32, needs int64"),
+    ("block_mapping has 1 dimension", mapping(0, 1), ValueError, r"^block_mapping: shape \(2,\), needs \[num_pairs, 2\]"),
+    ("block_mapping has triples", mapping((0, 1, 2)), ValueError, r"^block_mapping: shape \(1, 3\), needs \[num_pairs, 2\]"),
+    ("block_mapping is strided", via("block_mapping", strided), ValueError, "^block_mapping: strides .*contiguous"),
+    ("block_mapping runs backwards", via("block_mapping", lambda a: a[::-1]), ValueError, "^block_mapping: negative strides"),
+    ("a source past the end", mapping((6, 1)), IndexError, "^block_mapping: source block 6, needs less than 6"),
+    ("a destination for two", mapping((0, 1), (2, 1)), ValueError, "^block_mapping: block 1 is the destination of two pairs"),
+    ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
+]  # fmt: skip
+
+COPY = [
+    *MAPPING,
+    ("key_caches is an array", to(key_caches=halves(2, 6, 64)), TypeError, "^key_caches: got ndarray, needs a list of arrays"),
+    ("value_caches is None", to(value_caches=None), TypeError, "^value_caches: got NoneType, needs a list"),
+    ("there are no layers", to(key_caches=[], value_caches=[]), ValueError, "^key_caches: is empty"),
+    ("a layer has no values", lambda g: {"value_caches": g["value_caches"][:1]}, ValueError, "^value_caches: 1 layers do not match key_caches' 2"),
+    ("a layer is a list", second("key_caches", list), TypeError, r"^key_caches\[1\]: got list, needs an array"),
+    ("a layer is read-only", second("value_caches", read_only), ValueError, r"^value_caches\[1\]: is read-only"),
+    ("a layer overlaps itself", second("value_caches", overlapping), ValueError, r"^value_caches\[1\]: strides .*share memory"),
+    ("a layer runs backwards", second("key_caches", lambda a: a[::-1]), ValueError, r"^key_caches\[1\]: negative strides"),
+    ("a layer has fewer blocks", second("key_caches", lambda a: a[1:]), ValueError, r"^key_caches\[1\]: num_blocks 5 does not match key_caches\[0\]'s 6"),
+    ("a layer has larger blocks", second("value_caches", np.float32), ValueError, r"^value_caches\[1\]: blocks of 8192 bytes do not match key_caches\[0\]'s 4096"),
+    ("blocks are scattered", second("key_caches", strided), ValueError, r"^key_caches\[1\]: strides .* scatter a block"),
+    ("a layer is a number", second("key_caches", lambda _: np.float16(1)), TypeError, r"^key_caches\[1\]: got float16, needs an array"),
+    ("a layer has no dimensions", second("key_caches", lambda _: np.array(1.0, np.float16)), ValueError, r"^key_caches\[1\]: has no dimensions"),
+    ("a destination past the end", mapping((0, 6)), IndexError, "^block_mapping: destination block 6, needs less than 6"),
+    ("a chain", mapping((0, 1), (1, 2)), ValueError, "^block_mapping: source block 1 is a destination, too"),
+    ("layout is unknown", to(layout="hnd"), ValueError, "^layout: unknown 'hnd'"),
+    ("layout is another one", to(layout="vllm"), ValueError, r"^key_caches\[0\]: .* 4 dimensions, needs 5"),
+    ("layout without values", to(layout="HND", value_caches=[]), ValueError, "^layout: got 'HND' without value_caches"),
+    ("a layer's dtypes differ", lambda g: {"layout": "HND", **second("value_caches", lambda a: a.view(np.int16))(g)}, TypeError, r"^value_caches\[1\]: dtype int16"),
+]  # fmt: skip
+
+SWAP = [
+    *MAPPING,
+    *not_arrays("source", "destination"),
+    *bad_memory("source", "destination"),
+    ("a destination past the end", mapping((0, 4)), IndexError, "^block_mapping: destination block 4, needs less than 4"),
+    ("a chain in one array", lambda g: {"destination": g["source"], **mapping((0, 1), (1, 2))(g)}, ValueError, "^block_mapping: source block 1 is a destination, too"),
+    ("blocks that overlap", lambda g: {"source": g["source"].reshape(-1)[: 5 * 2048].reshape(5, 2, 16, 64), "destination": g["source"].reshape(-1)[1024 : 5 * 2048 + 1024].reshape(5, 2, 16, 64), **mapping((0, 1), (2, 3))(g)}, ValueError, "^block_mapping: source block 2 is a destination, too"),
+    ("blocks of other shapes", to(destination=halves(4, 2, 8, 64)), ValueError, r"^destination: blocks of shape \(2, 8, 64\) do not match source's \(2, 16, 64\)"),
+    ("another dtype", via("destination", np.float32), TypeError, "^destination: dtype float32 does not match source's float16"),
+    ("destination is read-only", via("destination", read_only), ValueError, "^destination: is read-only"),
+    ("source runs backwards", via("source", lambda a: a[::-1]), ValueError, "^source: negative strides"),
+    ("source's blocks are scattered", via("source", strided), ValueError, "^source: strides .* scatter a block"),
+    ("destination's blocks are scattered", via("destination", strided), ValueError, "^destination: strides .* scatter a block"),
+    ("blocks in another order", lambda g: {"destination": halves(4, 16, 2, 64).swapaxes(1, 2)}, ValueError, "^destination: strides .* order a block in another way"),
+    ("source has no dimensions", to(source=np.array(1.0, np.float16), destination=np.array(1.0, np.float16)), ValueError, "^source: has no dimensions"),
+]  # fmt: skip
+
+GATHER = [
+    *not_arrays("key", "value", "key_cache", "value_cache", "block_tables", "cu_seq_lens"),
+    *bad_memory("key", "value", "key_cache", "value_cache", "block_tables", "cu_seq_lens", "seq_starts"),
+    ("key has 2 dimensions", via("key", lambda a: a[0]), ValueError, r"^key: shape \(2, 64\) has 2 dimensions, needs \[num_tokens, num_kv_heads, head_size\]"),
+    ("value has fewer tokens", via("value", lambda a: a[1:]), ValueError, r"^value: shape \(6, 2, 64\), needs the shape of key"),
+    ("value is float32", via("value", np.float32), TypeError, "^value: dtype float32 does not match key's float16"),
+    ("key is int32", via("key", np.int32), TypeError, "^key: dtype int32, needs float16"),
+    ("key is read-only", via("key", read_only), ValueError, "^key: is read-only"),
+    ("value overlaps itself", via("value", overlapping), ValueError, "^value: strides .*share memory"),
+    ("key has strided channels", via("key", strided), ValueError, "^key: strides .*contiguous"),
+    ("key has 3 heads", to(key=halves(7, 3, 64), value=halves(7, 3, 64)), ValueError, r"^key: shape \(7, 3, 64\) does not match key_cache, needs \[num_tokens, 2, 64\]"),
+    ("rows are wider than the caches", lambda g: {name: g[name].astype(np.float32) for name in ("key", "value")}, TypeError, "^key_cache: dtype float16, needs float32"),
+    ("rows are codes, caches are not", lambda g: {name: g[name].astype(np.uint8) for name in ("key", "value")}, TypeError, "^key_cache: dtype float16 does not match key's uint8"),
+    ("bytes without a kv_cache_dtype", caches(3, 2, 16, 64, dtype=np.uint8), ValueError, "^kv_cache_dtype: 'auto' .*uint8"),
+    ("kv_cache_dtype is unknown", to(kv_cache_dtype="fp4"), ValueError, "^kv_cache_dtype: .*'fp4'"),
+    ("value_cache alone is float32", via("value_cache", np.float32), TypeError, "^value_cache: dtype float32 does not match key_cache's float16"),
+    ("caches differ in blocks", via("value_cache", lambda a: a[1:]), ValueError, "^value_cache: num_blocks 2 does not match key_cache's 3"),
+    ("layout is None", to(layout=None), ValueError, "^layout: unknown None"),
+    ("block_tables is int64", via("block_tables", np.int64), TypeError, "^block_tables: dtype int64, needs int32"),
+    ("block_tables has 1 dimension", via("block_tables", lambda a: a[0]), ValueError, r"^block_tables: .* needs \[num_seqs, max_num_blocks_per_seq\]"),
+    ("block_tables has strided columns", via("block_tables", strided), ValueError, "^block_tables: strides .*contiguous"),
+    ("cu_seq_lens has an entry a sequence", via("cu_seq_lens", lambda a: a[1:]), ValueError, r"^cu_seq_lens: shape \(2,\), needs \[num_seqs \+ 1\] = \(3,\)"),
+    ("cu_seq_lens is int64", via("cu_seq_lens", np.int64), TypeError, "^cu_seq_lens: dtype int64, needs int32"),
+    ("cu_seq_lens decreases", to(cu_seq_lens=np.array([0, 4, 3], np.int32)), ValueError, "^cu_seq_lens: decreases"),
+    ("seq_starts has 3 entries", to(seq_starts=np.zeros(3, np.int32)), ValueError, r"^seq_starts: shape \(3,\), needs \[num_seqs\]"),
+    ("seq_starts is a list", to(seq_starts=[0, 0]), TypeError, "^seq_starts: .*list.*array"),
+    ("seq_starts is negative", to(seq_starts=np.array([-1, 0], np.int32)), IndexError, "^seq_starts: token -1 of sequence 0, needs"),
+    ("a token past block_tables", to(seq_starts=np.array([29, 0], np.int32)), IndexError, "^seq_starts: token 32 of sequence 0, needs"),
+    ("a block that is not there", to(seq_starts=np.array([0, 14], np.int32)), IndexError, r"^block_tables\[1, 1\]: block -1"),
+    *bad_scales("k_scale"),
+    *bad_scales("v_scale"),
+    ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
+]  # fmt: skip
+
+LAYOUT = [
+    *not_arrays("key_cache", "value_cache", "new_key_cache", "new_value_cache"),
+    *bad_memory("key_cache", "value_cache", "new_key_cache", "new_value_cache"),
+    ("layout is unknown", to(layout="hnd"), ValueError, "^layout: unknown 'hnd'"),
+    ("new_layout is unknown", to(new_layout=None), ValueError, "^new_layout: unknown None, needs one of"),
+    ("new_layout is layout", to(new_layout="HND"), ValueError, "^new_layout: got 'HND', needs another one"),
+    ("new_key_cache is read-only", via("new_key_cache", read_only), ValueError, "^new_key_cache: is read-only"),
+    ("new_value_cache overlaps itself", via("new_value_cache", overlapping), ValueError, "^new_value_cache: strides .*share memory"),
+    ("new_value_cache is float32", via("new_value_cache", np.float32), TypeError, "^new_value_cache: dtype float32 does not match key_cache's float16"),
+    ("key_cache is int32", via("key_cache", np.int32), TypeError, "^key_cache: dtype int32, needs float16"),
+    ("fewer new blocks", lambda g: {name: g[name][1:] for name in ("new_key_cache", "new_value_cache")}, ValueError, "^new_key_cache: num_blocks 2 does not match key_cache's 3"),
+    ("fewer new values", via("new_value_cache", lambda a: a[1:]), ValueError, "^new_value_cache: num_blocks 2 does not match new_key_cache's 3"),
+    ("heads and tokens exchanged", to(new_key_cache=halves(3, 2, 16, 64), new_value_cache=halves(3, 2, 16, 64)), ValueError, "^new_key_cache: num_kv_heads 16 does not match key_cache's 2"),
+    ("the same memory", lambda g: {"new_key_cache": g["key_cache"].swapaxes(1, 2)}, ValueError, "^(new_)?key_cache: shares memory with (new_)?key_cache"),
+    ("the same new memory", lambda g: {"new_key_cache": g["new_value_cache"]}, ValueError, "^new_(key|value)_cache: shares memory"),
+    ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
+]  # fmt: skip
+
+MLA = [
+    *not_arrays("kv_c", "k_pe", "kv_cache", "slot_mapping"),
+    *bad_memory("kv_c", "k_pe", "kv_cache", "slot_mapping"),
+    ("kv_c has 3 dimensions", via("kv_c", lambda a: a[None]), ValueError, r"^kv_c: shape \(1, 5, 32\) has 3 dimensions, needs \[num_tokens, kv_lora_rank\]"),
+    ("k_pe has fewer tokens", via("k_pe", lambda a: a[1:]), ValueError, r"^k_pe: shape \(4, 8\), needs \[num_tokens, pe_dim\] = \(5, 8\)"),
+    ("k_pe is float32", via("k_pe", np.float32), TypeError, "^k_pe: dtype float32 does not match kv_c's float16"),
+    ("kv_c is strided", via("kv_c", strided), ValueError, "^kv_c: strides .*contiguous"),
+    ("kv_cache is float32", via("kv_cache", np.float32), TypeError, "^kv_cache: dtype float32, needs float16"),
+    ("kv_cache has narrow rows", to(kv_cache=halves(3, 16, 32)), ValueError, r"^kv_cache: rows of 32 elements, needs kv_lora_rank \+ pe_dim = 32 \+ 8 = 40"),
+    ("kv_cache is read-only", via("kv_cache", read_only), ValueError, "^kv_cache: is read-only"),
+    ("kv_cache overlaps itself", via("kv_cache", overlapping), ValueError, "^kv_cache: strides .*share memory"),
+    ("kv_cache has strided rows", via("kv_cache", strided), ValueError, "^kv_cache: strides .*contiguous"),
+    ("kv_cache has empty blocks", to(kv_cache=halves(3, 0, 40)), ValueError, r"^kv_cache: shape \(3, 0, 40\), needs a block_size"),
+    ("slot_mapping is int32", via("slot_mapping", np.int32), TypeError, "^slot_mapping: dtype int32, needs int64"),
+    ("slot_mapping is longer than kv_c", to(slot_mapping=np.arange(6)), ValueError, "^slot_mapping: 6 slots for kv_c's 5 tokens"),
+    ("a slot past the cache", to(slot_mapping=np.array([0, 48])), IndexError, "^slot_mapping: slot 48"),
+    ("kv_cache_dtype is fp8_ds_mla", to(kv_cache_dtype="fp8_ds_mla"), ValueError, "^kv_cache_dtype: unknown 'fp8_ds_mla'"),
+    *bad_scales("scale"),
+    ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
+]  # fmt: skip
+
 BAD_CALLS = [
     *table("paged_attention", *ATTENTION),
     *table("paged_attention_v1", *ATTENTION, *NAMED_SIZES),
@@ -293,6 +429,11 @@ BAD_CALLS = [
     *table("reshape_and_cache", *WRITER, *VLLM_WRITER),
     *table("reshape_and_cache_flash", *WRITER, *FLASH_WRITER),
     *table("convert_fp8", *CONVERT),
+    *table("copy_blocks", *COPY),
+    *table("swap_blocks", *SWAP),
+    *table("gather_cache", *GATHER),
+    *table("convert_layout", *LAYOUT),
+    *table("concat_and_cache_mla", *MLA),
 ]
 
 

@@ -13,22 +13,24 @@ README = (ROOT / "README.md").read_text()
 
 
 def examples() -> dict[str, str]:
-    """Framework -> its example. Without a GPU, CuPy's runs on NumPy, whose names it shares."""
+    """Name -> example. Without a GPU, CuPy's run on NumPy, whose names it shares."""
     found = {}
-    for code in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S):
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)):
         framework = re.match(r"import (\w+)", code)[1]
         if framework == "cupy":
             stand_in = "numpy" if device.missing() else "cupy"
-            found["cupy"] = code.replace("import cupy as cp\n", f"import {stand_in} as cp\n")
+            found[f"{number}-cupy"] = code.replace(
+                "import cupy as cp\n", f"import {stand_in} as cp\n"
+            )
         elif framework in REQUIRED or importlib.util.find_spec(framework):
-            found[framework] = code
+            found[f"{number}-{framework}"] = code
     return found
 
 
-@pytest.mark.parametrize("framework", examples())
-def test_example_runs(framework):
+@pytest.mark.parametrize("name", examples())
+def test_example_runs(name):
     namespace: dict[str, object] = {}
-    exec(examples()[framework], namespace)
+    exec(examples()[name], namespace)
     assert namespace["out"].shape == (2, 32, 128)
 
 

@@ -117,6 +117,48 @@ def convert_arguments():
     return {"output": np.full((3, 8), 7, np.uint8), "input": halves(3, 8)}
 
 
+def copy_arguments():
+    key_caches, value_caches = ([halves(6, 2, 16, 64, fill=7) for _ in range(2)] for _ in range(2))
+    mapping = {"block_mapping": np.array([[0, 1], [2, 3]])}
+    return {"key_caches": key_caches, "value_caches": value_caches, **mapping}
+
+
+def swap_arguments():
+    sides = {"source": halves(6, 2, 16, 64), "destination": halves(4, 2, 16, 64, fill=7)}
+    return {**sides, "block_mapping": np.array([[0, 1], [5, 3]])}
+
+
+def gather_arguments():
+    return {
+        **{name: halves(7, 2, 64, fill=7) for name in ("key", "value")},
+        **{name: halves(3, 2, 16, 64) for name in ("key_cache", "value_cache")},
+        "block_tables": np.array([[2, 0], [1, -1]], np.int32),
+        "cu_seq_lens": np.array([0, 4, 7], np.int32),
+        "seq_starts": np.array([14, 0], np.int32),
+        "layout": "HND",
+    }
+
+
+def layout_arguments():
+    return {
+        **{name: halves(3, 2, 16, 64) for name in ("key_cache", "value_cache")},
+        "layout": "HND",
+        **{name: halves(3, 16, 2, 64, fill=7) for name in ("new_key_cache", "new_value_cache")},
+        "new_layout": "NHD",
+    }
+
+
+def mla_arguments():
+    return {
+        "kv_c": halves(5, 32),
+        "k_pe": halves(5, 8),
+        "kv_cache": halves(3, 16, 40, fill=7),
+        "slot_mapping": np.arange(5),
+        "kv_cache_dtype": "auto",
+        "scale": 1.0,
+    }
+
+
 GOOD = {
     "paged_attention": attention_arguments,
     "paged_attention_v1": v1_arguments,
@@ -125,6 +167,11 @@ GOOD = {
     "reshape_and_cache": vllm_arguments,
     "reshape_and_cache_flash": flash_arguments,
     "convert_fp8": convert_arguments,
+    "copy_blocks": copy_arguments,
+    "swap_blocks": swap_arguments,
+    "gather_cache": gather_arguments,
+    "convert_layout": layout_arguments,
+    "concat_and_cache_mla": mla_arguments,
 }
 
 

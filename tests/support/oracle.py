@@ -218,3 +218,40 @@ def reshape_and_cache(
                 at = (block, head, offset) if layout == "HND" else (block, offset, head)
                 key_cache[at], value_cache[at] = key[token, head], value[token, head]
     return key_cache, value_cache
+
+
+def copy_blocks(cache, block_mapping):
+    """A copy of `cache` with block i where block j was, for each pair (i, j) without a negative."""
+    copied = cache.copy()
+    for source, destination in block_mapping.tolist():
+        if min(source, destination) >= 0:
+            copied[destination] = cache[source]
+    return copied
+
+
+def gather_cache(key_cache, value_cache, tables, lengths, starts, *, layout, block_size):
+    """(key, value) [num_tokens, num_kv_heads, head_size] of all sequences, as stored."""
+    num_kv_heads = value_cache.shape[2 if layout == "NHD" else 1]
+    found = []
+    for table, length, start in zip(tables, lengths, starts, strict=True):
+        tokens = np.arange(start, start + length)
+        at = table[tokens // block_size], tokens % block_size
+        for cache, gather in ((key_cache, gather_keys), (value_cache, gather_values)):
+            heads = [gather(cache, *at, head, layout) for head in range(num_kv_heads)]
+            found.append(np.stack(heads, axis=1))
+    return np.concatenate(found[::2]), np.concatenate(found[1::2])
+
+
+def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, *, kv_cache_dtype="auto", scale=1.0):
+    """A copy of the cache with the tokens of `kv_c` and `k_pe` in their slots."""
+    kv_cache = kv_cache.copy()
+    rank, block_size = kv_c.shape[1], kv_cache.shape[1]
+    if kv_cache_dtype in FP8:
+        kv_c, k_pe = (
+            quantise(rows, scale, kv_cache_dtype).view(kv_cache.dtype) for rows in (kv_c, k_pe)
+        )
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            row = kv_cache[slot // block_size, slot % block_size]
+            row[:rank], row[rank:] = kv_c[token], k_pe[token]
+    return kv_cache

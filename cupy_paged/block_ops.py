@@ -1,0 +1,364 @@
+"""Moving whole blocks: within the caches of all layers, and between a GPU and host memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from cupy_paged import checks, gpu, in_flight
+from cupy_paged.arrays import HOST, Array, array, is_array, location
+from cupy_paged.compiler import Kernel, template
+from cupy_paged.dtypes import itemsize
+from cupy_paged.launch import ParamStruct, launch
+from cupy_paged.layouts import geometry
+from cupy_paged.streams import Ordering, launch_stream
+
+NUM_THREADS = 256
+MAX_POOLS, MAX_PAIRS = 160, 80  # of one launch, as in kernels/copy_blocks.cu
+_UNIT = 32 * 4  # accesses that a warp makes at a time
+_MAX_GRID = 2**31 - 1
+
+_DONATE = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
+
+_POOL_FIELDS = [f"pools[{i}].{field}" for i in range(MAX_POOLS) for field in ("blocks", "stride")]
+_PAIR_FIELDS = [
+    f"pairs[{i}].{field}" for i in range(MAX_PAIRS) for field in ("source", "destination")
+]
+
+COPY_PARAMS = ParamStruct(
+    "CopyBlocksParams",
+    f"""
+    int64    {" ".join(_POOL_FIELDS)}
+    int64    {" ".join(_PAIR_FIELDS)}
+    pointer  block_mapping
+    int64    num_pairs num_blocks block_bytes
+    int      num_pools
+    """,
+)
+
+
+@functools.cache
+def copy_kernel(width: int) -> Kernel:
+    """The copy of blocks that may be moved `width` bytes at a time."""
+    return Kernel("copy_blocks.cu", template("copy_blocks", width, NUM_THREADS), NUM_THREADS)
+
+
+def copy_blocks(
+    key_caches: list[Any] | tuple[Any, ...],
+    value_caches: list[Any] | tuple[Any, ...],
+    block_mapping: Any,
+    *,
+    layout: str | None = None,
+    stream: Any = None,
+) -> None:
+    """Copies blocks onto other blocks of the same cache, in the caches of every layer.
+
+    >>> import numpy as np
+    >>> key_cache, value_cache = (np.arange(4.0, dtype=np.float32).reshape(4, 1) for _ in range(2))
+    >>> copy_blocks([key_cache], [value_cache], np.array([[3, 0], [3, 1]]))
+    >>> key_cache[:, 0].tolist()
+    [3.0, 3.0, 2.0, 3.0]
+
+    key_caches,      lists of one array a layer, [num_blocks, ...] of any dtype, written in place,
+    value_caches     so not JAX's. All have as many blocks, of as many bytes. Blocks may be any
+                     distance apart; each must be contiguous, its dimensions in any order. Where
+                     one array holds keys and values (MLA), value_caches is empty
+    block_mapping    int64 [num_pairs, 2] of (source, destination), beside the caches or on the
+                     host. A pair with a negative block is skipped, and so is, where the pairs are
+                     on a GPU, one with a block past the end
+    layout           "vllm", "HND" or "NHD" to have the shapes of the caches checked for it
+    stream           CUDA stream to run on; by default the current one of the framework of the
+                     first cache
+
+    Pairs run in parallel. A block that is the source of one pair and the destination of another
+    gets undefined contents, and so does the destination of several; where the pairs are on the host
+    both are refused.
+
+    More than 80 layers, or 80 pairs from the host, take several launches. A captured graph keeps
+    the addresses of the caches, and pairs from the host by value; it reads those on a GPU anew.
+
+    Raises ValueError or TypeError, and IndexError for pairs on the host that name a block past the
+    end, before anything is written, for arguments that do not fit.
+    Source: vLLM's csrc/cache_kernels.cu.
+    """
+    for caches, name in ((key_caches, "key_caches"), (value_caches, "value_caches")):
+        if not isinstance(caches, list | tuple):
+            kind = type(caches).__name__
+            raise TypeError(f"{name}: got {kind}, needs a list of arrays, one a layer")
+    if not key_caches:
+        raise ValueError("key_caches: is empty, needs the array of at least one layer")
+    if len(value_caches) not in (0, len(key_caches)):
+        raise ValueError(
+            f"value_caches: {len(value_caches)} layers do not match key_caches' {len(key_caches)}"
+        )
+    on = launch_stream(key_caches[0], stream)
+    keys = [array(cache, f"key_caches[{i}]", on) for i, cache in enumerate(key_caches)]
+    values = [array(cache, f"value_caches[{i}]", on) for i, cache in enumerate(value_caches)]
+    caches = keys + values
+    first = caches[0]
+    checks.same_place(caches, first)
+    for a in caches:
+        checks.runs_forward(a)
+        checks.is_writable(a, _DONATE)
+    sizes = [_block_bytes(a) for a in caches]
+    block_bytes = sizes[0]
+    for a, size in zip(caches, sizes, strict=True):
+        if a.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{a.name}: num_blocks {a.shape[0]} does not match {first.name}'s {first.shape[0]}"
+            )
+        if size != block_bytes:
+            raise ValueError(
+                f"{a.name}: blocks of {size} bytes do not match {first.name}'s "
+                f"{block_bytes}; copy layers of another kind with a call of their own"
+            )
+    if layout is not None:
+        _check_layout(layout, keys, values)
+    mapping = _mapping(block_mapping, on)
+    if mapping.device is not HOST:
+        checks.same_place([mapping], first)
+        pairs = None
+    else:
+        pairs = _pairs(mapping.bits, first.shape[0], first.shape[0])
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        _check_independent(pairs, pairs[:, 0], pairs[:, 1], 1)
+    if block_bytes == 0 or mapping.shape[0] == 0 or (pairs is not None and not len(pairs)):
+        return
+    if first.device is HOST:
+        for a in caches:
+            a.bits[pairs[:, 1]] = a.bits[pairs[:, 0]]
+        return
+    _copy_on_gpu(caches, block_bytes, mapping, pairs, on)
+
+
+def _check_layout(layout: str, keys: list[Array], values: list[Array]) -> None:
+    if not values:
+        raise ValueError(f"layout: got {layout!r} without value_caches, needs None")
+    for key, value in zip(keys, values, strict=True):
+        if value.dtype != key.dtype:
+            raise TypeError(
+                f"{value.name}: dtype {value.dtype} does not match {key.name}'s {key.dtype}"
+            )
+        geometry(layout, key, value, key.dtype)
+
+
+def _copy_on_gpu(
+    caches: list[Array], block_bytes: int, mapping: Array, pairs: np.ndarray | None, stream: int
+) -> None:
+    first = caches[0]
+    width = min(a.alignment(range(1), math.prod(a.shape[1:])) for a in caches)
+    kernel = copy_kernel(width)
+    units_of_block = -(-block_bytes // (_UNIT * width))
+    common = {"num_blocks": first.shape[0], "block_bytes": block_bytes}
+    groups = [{"block_mapping": mapping.pointer, "num_pairs": mapping.shape[0]}]
+    if pairs is not None:
+        groups = [
+            {"block_mapping": 0, "num_pairs": len(some)}
+            | dict(zip(_PAIR_FIELDS, some.ravel().tolist(), strict=False))
+            for some in (pairs[i : i + MAX_PAIRS] for i in range(0, len(pairs), MAX_PAIRS))
+        ]
+    ordering = Ordering(
+        stream, first.device, first.framework, caches if pairs is not None else [*caches, mapping]
+    )
+    ordering.before()
+    for start in range(0, len(caches), MAX_POOLS):
+        pools = caches[start : start + MAX_POOLS]
+        places = [n for a in pools for n in (a.pointer, a.strides[0] * itemsize(a.dtype))]
+        common |= dict.fromkeys(_POOL_FIELDS + _PAIR_FIELDS, 0)
+        common |= dict(zip(_POOL_FIELDS, places, strict=False)) | {"num_pools": len(pools)}
+        for group in groups:
+            units = group["num_pairs"] * len(pools) * units_of_block
+            work = min(-(-units // (NUM_THREADS // 32)), _MAX_GRID)
+            launch(kernel, first.device, stream, work, COPY_PARAMS.pack(common | group))
+    ordering.after()
+
+
+def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
+    """Copies blocks from one array to another: of a GPU, or of pinned host memory.
+
+    >>> import numpy as np
+    >>> cache, kept = np.arange(4.0, dtype=np.float32).reshape(4, 1), np.zeros((2, 1), np.float32)
+    >>> swap_blocks(cache, kept, np.array([[3, 0], [1, 1]]))
+    >>> kept[:, 0].tolist()
+    [3.0, 1.0]
+
+    source           [num_blocks, ...] of any dtype. Blocks may be any distance apart; each must be
+                     contiguous, its dimensions in any order
+    destination      [num_blocks, ...] of the same dtype, blocks of the same shape and order;
+                     written in place, so not JAX's
+    block_mapping    int64 [num_pairs, 2] of (block of source, block of destination), on the host.
+                     A pair with a negative block is skipped
+    stream           CUDA stream to run on; by default the current one of the framework of the array
+                     that is on a GPU
+
+    Between a GPU and the host nothing waits: host memory is read or written when the stream comes
+    to it, and must be pinned (cupyx.empty_pinned, torch's pin_memory), since the system may move
+    any other. Pairs run in any order; blocks that follow each other on both sides move as one. Two
+    host arrays are copied at once.
+
+    Raises ValueError or TypeError, and IndexError for a block past the end, before anything is
+    written, for arguments that do not fit, for memory that is not pinned, and where a pair would
+    write what another one reads or writes.
+    Source: vLLM's csrc/cache_kernels.cu.
+    """
+    leads = [x for x in (source, destination) if is_array(x) and location(x)[1] is not HOST]
+    on = launch_stream(leads[0] if leads else source, stream)
+    start, end = array(source, "source", on), array(destination, "destination", on)
+    checks.is_writable(end, _DONATE)
+    for a in (start, end):
+        checks.runs_forward(a)
+    if end.shape[1:] != start.shape[1:]:
+        raise ValueError(
+            f"destination: blocks of shape {end.shape[1:]} do not match source's {start.shape[1:]}"
+        )
+    if end.dtype != start.dtype and not itemsize(end.dtype) == itemsize(start.dtype) == 1:
+        raise TypeError(f"destination: dtype {end.dtype} does not match source's {start.dtype}")
+    block_bytes = _block_bytes(start)
+    _block_bytes(end)
+    steps = [
+        [stride for stride, n in zip(a.strides[1:], a.shape[1:], strict=True) if n > 1]
+        for a in (start, end)
+    ]
+    if steps[0] != steps[1]:
+        raise ValueError(
+            f"destination: strides {end.strides} order a block in another way than source's "
+            f"{start.strides}; convert_layout does that"
+        )
+    mapping = _mapping(block_mapping, 0)
+    if mapping.device is not HOST:
+        raise ValueError(f"block_mapping: is on {mapping.place}, needs to be on the host")
+    pairs = _pairs(mapping.bits, start.shape[0], end.shape[0])
+    places = _addresses(start, pairs[:, 0]), _addresses(end, pairs[:, 1])
+    moving = places[0] != places[1]
+    pairs = pairs[moving]
+    _check_independent(pairs, places[0][moving], places[1][moving], block_bytes)
+
+    leader = start if start.device is not HOST else end
+    if leader.device is HOST:
+        end.bits[pairs[:, 1]] = start.bits[pairs[:, 0]]
+        return
+    hosts = [a for a in (start, end) if a.device is HOST]
+    if not hosts:
+        checks.same_place([end], start)
+    for a in hosts:
+        if not gpu.is_pinned(a.pointer):
+            raise ValueError(
+                f"{a.name}: is pageable host memory, needs pinned memory "
+                "(cupyx.empty_pinned, or torch's pin_memory=True)"
+            )
+    if block_bytes == 0 or not len(pairs):
+        return
+    ordering = Ordering(on, leader.device, leader.framework, [start, end])
+    ordering.before()
+    _copy_runs(start, end, runs(pairs), block_bytes, leader.device, on)
+    ordering.after()
+    if hosts and not gpu.is_capturing(leader.device, on):
+        in_flight.keep(leader.device, on, [a.owner for a in hosts])
+
+
+def runs(pairs: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first source, first destination, length) of the blocks that follow each other on both sides.
+
+    >>> runs(np.array([[1, 5], [2, 6], [3, 8]]))
+    [(1, 5, 2), (3, 8, 1)]
+
+    pairs    int64 [num_pairs, 2], sorted
+    """
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(pairs, axis=0) != 1).any(axis=1)]))
+    lengths = np.diff(np.append(starts, len(pairs)))
+    return [
+        (*pair, length)
+        for pair, length in zip(pairs[starts].tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def _copy_runs(
+    source: Array,
+    destination: Array,
+    runs: list[tuple[int, int, int]],
+    block_bytes: int,
+    device: int,
+    stream: int,
+) -> None:
+    steps = [a.strides[0] * itemsize(a.dtype) for a in (source, destination)]
+    for first, target, length in runs:
+        gpu.copy_rows(
+            device,
+            stream,
+            destination.pointer + target * steps[1],
+            steps[1],
+            source.pointer + first * steps[0],
+            steps[0],
+            block_bytes,
+            length,
+        )
+
+
+# ---- what both ask of their arguments ----
+
+
+def _mapping(block_mapping: Any, stream: int) -> Array:
+    mapping = array(block_mapping, "block_mapping", stream)
+    checks.is_dtype(mapping, "int64")
+    if len(mapping.shape) != 2 or mapping.shape[1] != 2:
+        raise ValueError(f"block_mapping: shape {mapping.shape}, needs [num_pairs, 2]")
+    checks.runs_forward(mapping)
+    checks.is_packed(mapping)
+    return mapping
+
+
+def _block_bytes(a: Array) -> int:
+    """Size of a block; raises ValueError unless it is one piece of memory."""
+    if not a.shape:
+        raise ValueError(f"{a.name}: has no dimensions, needs [num_blocks, ...]")
+    expected = 1
+    for stride, size in sorted(zip(a.strides[1:], a.shape[1:], strict=True)):
+        if size > 1 and stride != expected and 0 not in a.shape:
+            raise ValueError(
+                f"{a.name}: strides {a.strides} of shape {a.shape} scatter a block, "
+                "which must be contiguous"
+            )
+        expected *= size
+    return expected * itemsize(a.dtype)
+
+
+def _addresses(a: Array, blocks: np.ndarray) -> np.ndarray:
+    return a.pointer + blocks * (a.strides[0] * itemsize(a.dtype))
+
+
+def _pairs(mapping: np.ndarray, num_sources: int, num_destinations: int) -> np.ndarray:
+    """The pairs that copy something, sorted and each once. Raises IndexError past the ends."""
+    pairs = np.unique(mapping[(mapping >= 0).all(axis=1)], axis=0)
+    ends = ("source", num_sources), ("destination", num_destinations)
+    for column, (what, end) in enumerate(ends):
+        if len(pairs) and (last := pairs[:, column].max()) >= end:
+            raise IndexError(f"block_mapping: {what} block {last}, needs less than {end}")
+    return pairs
+
+
+def _check_independent(
+    pairs: np.ndarray, sources: np.ndarray, destinations: np.ndarray, extent: int
+) -> None:
+    """Raises ValueError where a pair writes what another one reads or writes.
+
+    sources, destinations    int64 [num_pairs], where the blocks begin
+    extent                   how far they reach
+    """
+    order = np.argsort(destinations, kind="stable")
+    begins = destinations[order]
+    twice = np.flatnonzero(np.diff(begins) < extent)
+    if len(twice):
+        block = pairs[order[twice[0]], 1]
+        raise ValueError(f"block_mapping: block {block} is the destination of two pairs, needs one")
+    nearest = np.searchsorted(begins, sources - extent, side="right")
+    hit = nearest < len(begins)
+    hit[hit] = begins[nearest[hit]] < sources[hit] + extent
+    if hit.any():
+        block = pairs[np.argmax(hit), 0]
+        raise ValueError(
+            f"block_mapping: source block {block} is a destination, too; "
+            "copy what depends on another copy with a call of its own"
+        )

@@ -1,0 +1,488 @@
+"""`PagedKVCache`: the key and value arrays of every layer, and the sequences that live in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+from cupy_paged import cache_picture, checks, gpu
+from cupy_paged.arrays import HOST, Array, array, is_array, location
+from cupy_paged.attention import paged_attention
+from cupy_paged.batches import Batch, Buffers, current_for, on_host
+from cupy_paged.block_ops import copy_blocks
+from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
+from cupy_paged.dtypes import FLOATS, FP8, itemsize
+from cupy_paged.layouts import LAYOUTS, geometry
+from cupy_paged.results import empty
+from cupy_paged.sequences import Sequence, SequencePool, Statistics
+from cupy_paged.streams import launch_stream
+
+FRAMEWORKS = ("numpy", "cupy", "torch")
+
+_NAN = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000}
+_NAN_FP8 = 0x7F
+_SMALLEST_BUFFERS = 16
+
+
+def storage_dtype(dtype: str) -> str:
+    """Dtype of the arrays of a cache of `dtype`.
+
+    Raises ValueError for what no cache can hold.
+    """
+    if dtype in FP8:
+        return "uint8"
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: got {dtype!r}, needs one of {', '.join([*FLOATS, *FP8])}")
+    return dtype
+
+
+def cache_shapes(
+    layout: str, num_blocks: int, num_kv_heads: int, head_size: int, block_size: int, dtype: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a key and a value cache of `dtype` in `layout`, see cupy_paged.layouts."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: unknown {layout!r}, needs one of {', '.join(LAYOUTS)}")
+    if layout == "HND":
+        return ((num_blocks, num_kv_heads, block_size, head_size),) * 2
+    if layout == "NHD":
+        return ((num_blocks, block_size, num_kv_heads, head_size),) * 2
+    x = 16 // itemsize(storage_dtype(dtype))
+    if head_size % x:
+        raise ValueError(
+            f'head_size: got {head_size}, layout "vllm" of {dtype} needs a multiple of {x}'
+        )
+    return (
+        (num_blocks, num_kv_heads, head_size // x, block_size, x),
+        (num_blocks, num_kv_heads, head_size, block_size),
+    )
+
+
+class PagedKVCache:
+    """A paged cache of keys and values: arrays of all layers, one pool of blocks, its sequences.
+
+    >>> import numpy as np
+    >>> cache = PagedKVCache(1, 64, num_kv_heads=2, head_size=8, dtype="float32", framework="numpy")
+    >>> prompt = cache.add(range(20))
+    >>> batch = cache.batch([prompt])
+    >>> key = value = np.ones((20, 2, 8), np.float32)
+    >>> cache.write(0, key, value, batch)
+    >>> cache.attend(0, np.ones((1, 4, 8), np.float32), batch).shape
+    (1, 4, 8)
+
+    num_layers       layers of the model; block 7 is block 7 in each of them
+    num_blocks       blocks of `block_size` tokens; `python -m cupy_paged size` says how many fit
+    dtype            "float16", "bfloat16", "float32", or "fp8" = "fp8_e4m3", "fp8_e5m2", in uint8
+                     arrays; that of `like` if None
+    layout           "vllm", "HND" or "NHD" (see cupy_paged.layouts)
+    like             an array: the cache is in its framework and on its device
+    framework        "numpy", "cupy" or "torch", on `device`, where `like` is not given
+    device           device number for CuPy, anything torch.device takes for torch
+    k_scale,         what a cached 1.0 stands for in fp8: a number or one-element float32 array, or
+    v_scale          a list with one for each layer
+    max_num_seqs,    most rows and tokens of a batch, and most tokens of a sequence (rounded up to
+    max_num_tokens,  whole blocks). With all three, the arrays of batches keep their addresses, as
+    max_seq_len      CUDA graphs need it; otherwise they move when they are outgrown
+    prefix_caching   whether full blocks are found again by their tokens, see `add`
+    poison           a means of testing: what is dead is NaN, so that reading it shows
+
+    A step: `append` what is to be computed, take a `batch`, `write` and `attend` in each layer.
+    JAX arrays are immutable and cannot hold a cache, but keys, values and queries may be JAX's over
+    a cache of CuPy's, or torch's: `write` and `attend` run on their framework's stream.
+
+    Raises ValueError or TypeError for what does not fit together.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        *,
+        num_kv_heads: int,
+        head_size: int,
+        block_size: int = 16,
+        dtype: str | None = None,
+        layout: str = "HND",
+        like: Any = None,
+        framework: str | None = None,
+        device: Any = None,
+        k_scale: Any = 1.0,
+        v_scale: Any = 1.0,
+        max_num_seqs: int | None = None,
+        max_num_tokens: int | None = None,
+        max_seq_len: int | None = None,
+        prefix_caching: bool = True,
+        poison: bool = False,
+    ) -> None:
+        sizes = {
+            "num_layers": num_layers, "num_blocks": num_blocks, "num_kv_heads": num_kv_heads,
+            "head_size": head_size, "block_size": block_size,
+        }  # fmt: skip
+        for name, size in sizes.items():
+            checks.is_int(size, name, 1)
+        bounds = {
+            "max_num_seqs": max_num_seqs, "max_num_tokens": max_num_tokens,
+            "max_seq_len": max_seq_len,
+        }  # fmt: skip
+        for name, bound in bounds.items():
+            if bound is not None:
+                checks.is_int(bound, name, 1)
+        if like is None:
+            like = _array_of(framework, device)
+        elif framework is not None or device is not None:
+            raise TypeError("like: says framework and device, needs to come without them")
+        self._leader = _leader(like)
+        self.dtype = _dtype(dtype, self._leader, framework)
+        shape = (num_kv_heads, head_size, block_size, self.dtype)
+        self._check_shapes(layout, cache_shapes(layout, 0, *shape))
+
+        self.layout = layout
+        self.num_layers, self.num_blocks = num_layers, num_blocks
+        self.num_kv_heads, self.head_size, self.block_size = num_kv_heads, head_size, block_size
+        self._scales = [
+            (_of_layer(k_scale, "k_scale", layer, num_layers),
+             _of_layer(v_scale, "v_scale", layer, num_layers))
+            for layer in range(num_layers)
+        ]  # fmt: skip
+        shapes = cache_shapes(layout, num_blocks, *shape)
+        self.key_caches = [self._allocate("key_cache", shapes[0]) for _ in range(num_layers)]
+        self.value_caches = [self._allocate("value_cache", shapes[1]) for _ in range(num_layers)]
+        if poison:
+            self._fill_with_nan(...)
+
+        max_blocks = None if max_seq_len is None else -(-max_seq_len // block_size)
+        self.pool = SequencePool(
+            num_blocks, block_size, max_blocks=max_blocks, copy=self._copy_later,
+            dead=self._poison if poison else _nothing, prefix_caching=prefix_caching,
+        )  # fmt: skip
+        self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_tokens
+        self._max_seq_len = None if max_blocks is None else self.pool.max_blocks * block_size
+        self._buffers: Buffers | None = None
+        self._batch: Batch | None = None
+        self._layers_written: set[int] = set()
+        self._copies: dict[int, int] = {}  # destination -> source
+        self._copied: set[int] = set()
+
+    # ---- sequences ----
+
+    def add(self, tokens: Iterable[int] = (), *, count: int = 0, salt: Hashable = None) -> Sequence:
+        """A new sequence, with room for its tokens.
+
+        tokens    token ids; the full blocks with which they begin are shared where a written
+                  sequence began with the same (`Sequence.num_cached` tokens need no computing)
+        count     so many tokens more, of ids that are not known: they are never shared
+        salt      any hashable value; sequences share only where it is the same. Give it what
+                  changes keys and values beside the tokens: an adapter's name, say
+
+        Raises OutOfBlocks where the blocks are not there now, NeverFits where they never will be;
+        then nothing has changed.
+        """
+        return self.pool.add(tokens, count=count, salt=salt)
+
+    def append(self, sequence: Sequence, tokens: Iterable[int] = (), *, count: int = 0) -> None:
+        """Room for more tokens at the end of a sequence; arguments and errors as of `add`."""
+        self.pool.append(sequence, tokens, count=count)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens, in the same blocks until one of the two goes on.
+
+        Raises ValueError where tokens of the sequence are still to be written.
+        """
+        return self.pool.fork(sequence)
+
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes back all but the first `num_tokens` tokens."""
+        self.pool.truncate(sequence, num_tokens)
+
+    def free(self, sequence: Sequence) -> None:
+        """Ends a sequence. Its full blocks are kept to be found again while there is room.
+
+        Raises ValueError for a sequence that was freed, or is another cache's.
+        """
+        self.pool.free(sequence)
+
+    # ---- steps ----
+
+    def batch(
+        self,
+        sequences: Collection[Sequence],
+        *,
+        each_token: bool = False,
+        max_tokens: int | None = None,
+        num_seqs: int | None = None,
+        num_tokens: int | None = None,
+        stream: Any = None,
+    ) -> Batch:
+        """The pending tokens of some sequences, and what attention has to know of them.
+
+        each_token    a row for each token, which attends to all up to itself, as in a prompt;
+                      otherwise a row for each sequence, which attends from its last token
+        max_tokens    takes no more tokens than that, in order; the others stay pending
+        num_seqs,     pads rows and tokens to so many, for a CUDA graph of a fixed size: padded
+        num_tokens    rows have length 0, and padded tokens go nowhere
+        stream        CUDA stream to send them on; by default the current one of the cache's
+                      framework
+
+        The arrays are the cache's own: each batch takes the place of the one before.
+        Raises ValueError for a batch beyond `max_num_seqs` or `max_num_tokens`, RuntimeError while
+        a CUDA graph is being captured.
+        """
+        for sequence in sequences:
+            self.pool.check(sequence)
+        host = on_host(sequences, self.block_size, each_token, max_tokens, num_seqs, num_tokens)
+        for name, got, most in (
+            ("max_num_seqs", len(host.seq_lens), self._max_num_seqs),
+            ("max_num_tokens", host.tokens.shape[1], self._max_num_tokens),
+        ):
+            if most is not None and got > most:
+                raise ValueError(f"{name}: the batch has {got}, the cache was made for {most}")
+        stream = self._stream(stream)
+        if self._is_capturing(stream):
+            raise RuntimeError("a batch is taken from the host, needs to be outside of the capture")
+        self._copy_now(stream)
+        if self._buffers is None or not self._buffers.fits(host):
+            self._buffers = self._new_buffers(len(host.seq_lens), host.tokens.shape[1], stream)
+        longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
+        self._batch = self._buffers.fill(host, longest, stream)
+        self._layers_written.clear()
+        return self._batch
+
+    def write(self, layer: int, key: Any, value: Any, batch: Batch, *, stream: Any = None) -> None:
+        """Puts the keys and values of a batch's tokens into one layer.
+
+        key, value    [num_tokens, num_kv_heads, head_size], float16, bfloat16 or float32
+        stream        CUDA stream to run on; by default the current one of key's framework
+
+        After the last of the layers the batch counts as written, see `commit`. In a CUDA graph's
+        capture it does not: nothing has run then.
+        """
+        self._check_batch(layer, batch)
+        key_cache, value_cache = self.key_caches[layer], self.value_caches[layer]
+        arguments = (key, value, key_cache, value_cache, batch.slot_mapping, *self._storage(layer))
+        if self.layout == "vllm":
+            reshape_and_cache(*arguments, stream=stream)
+        else:
+            reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
+        if not self._is_capturing(launch_stream(key, stream)):
+            self._layers_written.add(layer)
+            if len(self._layers_written) == self.num_layers:
+                self.commit(batch)
+
+    def attend(self, layer: int, query: Any, batch: Batch, **options: Any) -> Any:
+        """Attention of a batch's rows over one layer: `paged_attention`, and its options.
+
+        query    [num_rows, num_heads, head_size]
+        """
+        self._check_batch(layer, batch)
+        dtype, k_scale, v_scale = self._storage(layer)
+        return paged_attention(
+            query, self.key_caches[layer], self.value_caches[layer], batch.block_tables,
+            batch.seq_lens, layout=self.layout, kv_cache_dtype=dtype, k_scale=k_scale,
+            v_scale=v_scale, **{"max_seq_len": batch.max_seq_len, **options},
+        )  # fmt: skip
+
+    def commit(self, batch: Batch) -> None:
+        """Says that a batch is written in all layers: its tokens are pending no more.
+
+        Only then can other sequences find its full blocks. `write` does this by itself; after the
+        replay of a CUDA graph, or with writers of your own, call it. A sequence that was freed or
+        truncated since is left out.
+        """
+        for sequence, end, version in batch.ends:
+            if sequence.pool is self.pool and sequence.version == version:
+                self.pool.commit(sequence, end)
+
+    # ---- what there is ----
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The live sequences, in the order of their adding."""
+        return list(self.pool.sequences)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that live sequences hold; a shared one counts once."""
+        return self.pool.allocator.num_used
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that new tokens can have, those kept for later prefixes included."""
+        return self.pool.allocator.num_available
+
+    @property
+    def statistics(self) -> Statistics:
+        """What prefix caching has done so far."""
+        return self.pool.statistics
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in all layers, keys and values."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.head_size * self.block_size
+        return elements * itemsize(storage_dtype(self.dtype))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays of keys and values."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def place(self) -> str:
+        """Framework and device, such as "torch on cuda:0"."""
+        return f"{self._leader.framework} on {self._leader.place}"
+
+    def __repr__(self) -> str:
+        return cache_picture.text(self)
+
+    def _repr_html_(self) -> str:
+        return cache_picture.html(self)
+
+    # ---- arrays ----
+
+    def _stream(self, stream: Any = None) -> int:
+        return launch_stream(self.key_caches[0], stream)
+
+    def _is_capturing(self, stream: int) -> bool:
+        device = self._leader.device
+        return device is not HOST and gpu.is_capturing(device, stream)
+
+    def _storage(self, layer: int) -> tuple[str, Any, Any]:
+        return (self.dtype, *self._scales[layer])
+
+    def _allocate(self, name: str, shape: tuple[int, ...]) -> Any:
+        stream = launch_stream(self._leader.owner, None)
+        return empty(self._leader, name, shape, storage_dtype(self.dtype), stream).owner
+
+    def _check_shapes(self, layout: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        key, value = (
+            array(self._allocate(name, shape), name)
+            for name, shape in zip(("key_cache", "value_cache"), shapes, strict=True)
+        )
+        geometry(layout, key, value, storage_dtype(self.dtype))
+
+    def _new_buffers(self, num_rows: int, num_tokens: int, stream: int) -> Buffers:
+        old = self._buffers
+        grown = [
+            max(_SMALLEST_BUFFERS, 1 << (needed - 1).bit_length(), before)
+            for needed, before in (
+                (num_rows, old.num_rows if old else 0),
+                (num_tokens, old.num_tokens if old else 0),
+                (max((len(s.blocks) for s in self.pool.sequences), default=0),
+                 old.max_blocks if old else 0),
+            )
+        ]  # fmt: skip
+        max_blocks = self.pool.max_blocks
+        if self._max_seq_len is None:
+            max_blocks = min(grown[2], max_blocks)
+        return Buffers(
+            self._leader,
+            self._max_num_seqs or grown[0],
+            self._max_num_tokens or grown[1],
+            max_blocks,
+            stream,
+        )
+
+    def _check_batch(self, layer: int, batch: Batch) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer: got {layer}, needs 0 to {self.num_layers - 1}")
+        if batch is not self._batch:
+            raise ValueError("batch: another one has taken the place of its arrays")
+
+    # A step's copies are done together, before its batch; blocks are written by batches alone.
+
+    def _copy_later(self, source: int, destination: int) -> None:
+        # Copies run side by side: what one of them writes, no other of them may touch.
+        if source in self._copies or destination in self._copies or destination in self._copied:
+            self._copy_now(self._stream())
+        self._copies[destination] = source
+        self._copied.add(source)
+
+    def _copy_now(self, stream: int) -> None:
+        if not self._copies:
+            return
+        block_mapping = np.array([*zip(self._copies.values(), self._copies, strict=True)], np.int64)
+        copy_blocks(
+            self.key_caches, self.value_caches, block_mapping, layout=self.layout, stream=stream
+        )  # fmt: skip
+        self._copies.clear()
+        self._copied.clear()
+
+    def _bits(self) -> list[Any]:
+        """All caches as integers, over the same memory."""
+        name = {1: "uint8", 2: "int16", 4: "int32"}[itemsize(storage_dtype(self.dtype))]
+        kind: Any = np.dtype(name)
+        if self._leader.framework == "torch":
+            import torch
+
+            kind = getattr(torch, name)
+        return [cache.view(kind) for cache in (*self.key_caches, *self.value_caches)]
+
+    def _poison(self, block: int) -> None:
+        self._copy_now(self._stream())  # may be from this block
+        self._fill_with_nan(block)
+
+    def _fill_with_nan(self, blocks: Any) -> None:
+        with current_for(self._leader, self._stream()):
+            for bits in self._bits():
+                bits[blocks] = _NAN.get(self.dtype, _NAN_FP8)
+
+
+def _nothing(block: int) -> None:
+    pass
+
+
+def _array_of(framework: str | None, device: Any) -> Any:
+    """An empty array of a framework, by name."""
+    if framework == "jax":
+        raise _immutable("framework")
+    if framework not in FRAMEWORKS:
+        raise ValueError(
+            f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"
+        )
+    if framework == "cupy":
+        with gpu.cupy().cuda.Device(device):
+            return gpu.cupy().empty(0, np.float32)
+    if framework == "torch":
+        import torch
+
+        return torch.empty(0, dtype=torch.float32, device=device)
+    if device is not None:
+        raise ValueError(f"device: got {device!r}, but NumPy arrays are on the host")
+    return np.empty(0, np.float32)
+
+
+def _leader(like: Any) -> Array:
+    if not is_array(like):
+        raise TypeError(f"like: got {type(like).__name__}, needs an array")
+    framework, _ = location(like)
+    if framework == "jax":
+        raise _immutable("like")
+    if framework not in FRAMEWORKS:
+        raise TypeError(
+            f"like: is an array by protocol alone, needs to be of {', '.join(FRAMEWORKS)}"
+        )
+    return array(like, "like")
+
+
+def _immutable(name: str) -> TypeError:
+    return TypeError(
+        f"{name}: JAX arrays are immutable and cannot hold a cache; make it with "
+        'framework="cupy" ("numpy" on the host), and write and attend with JAX arrays'
+    )
+
+
+def _dtype(dtype: str | None, leader: Array, framework: str | None) -> str:
+    if dtype is None:
+        if framework is not None or leader.dtype not in FLOATS:
+            raise ValueError(f"dtype: needs one of {', '.join([*FLOATS, *FP8])}")
+        return leader.dtype
+    storage_dtype(dtype)
+    return dtype
+
+
+def _of_layer(scale: Any, name: str, layer: int, num_layers: int) -> Any:
+    if not isinstance(scale, list | tuple):
+        return scale
+    if len(scale) != num_layers:
+        raise ValueError(f"{name}: {len(scale)} scales, needs one, or one for each of {num_layers}")
+    return scale[layer]

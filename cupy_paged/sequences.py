@@ -1,0 +1,270 @@
+"""Which blocks each sequence has: growth, forks, truncation and shared prefixes, without arrays."""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Callable, Hashable, Iterable
+from typing import NamedTuple
+
+from cupy_paged.block_allocator import BlockAllocator, NeverFits
+from cupy_paged.prefix_index import Entry, PrefixIndex
+
+UNKNOWN = -1
+"""Stands for a token whose id the caller did not give. Its block is never found by content."""
+
+
+class Sequence:
+    """Handle of one sequence of a cache; only its cache changes it.
+
+    tokens        ids of all tokens, UNKNOWN where they were not given
+    blocks        int32, its blocks in order
+    num_cached    tokens that were in the cache already when it was added
+    num_written   tokens whose keys and values are in the cache; the others are pending
+    """
+
+    __slots__ = (
+        "blocks", "entries", "num_cached", "num_written", "pool", "salt", "tokens", "version",
+    )  # fmt: skip
+
+    def __init__(self, pool: SequencePool, salt: Hashable) -> None:
+        self.tokens: list[int] = []
+        self.blocks = array("i")
+        self.num_cached = 0
+        self.num_written = 0
+        self.salt = salt
+        self.entries: list[Entry] = []  # of its leading blocks, or of others of the same content
+        self.version = 0  # counts what may have taken tokens back
+        self.pool: SequencePool | None = pool
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that wait to be written."""
+        return len(self.tokens) - self.num_written
+
+    def __repr__(self) -> str:
+        if self.pool is None:
+            return "<Sequence, freed>"
+        return (
+            f"<Sequence of {len(self.tokens)} tokens in {len(self.blocks)} blocks, "
+            f"{self.num_pending} pending>"
+        )
+
+
+class Statistics(NamedTuple):
+    """What prefix caching has done, in blocks.
+
+    hits         full blocks of added sequences that were found
+    misses       full blocks of added sequences that were not
+    evictions    kept blocks that were given up
+    copies       shared blocks that were copied because one of their sequences went on
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    copies: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of looked-up blocks that were found; 0.0 before the first."""
+        return self.hits / max(self.hits + self.misses, 1)
+
+
+class SequencePool:
+    """The sequences of one cache, and the block pool that they share.
+
+    >>> pool = SequencePool(num_blocks=8, block_size=4)
+    >>> first = pool.add([1, 2, 3, 4, 5])
+    >>> pool.commit(first, 5)
+    >>> second = pool.add([1, 2, 3, 4, 6])
+    >>> second.num_cached, list(first.blocks), list(second.blocks)
+    (4, [0, 1], [0, 2])
+
+    max_blocks        most blocks that a sequence may have; all of the pool if None
+    copy              called with a block's number and the number of the one to copy it to
+    dead              as in BlockAllocator
+    prefix_caching    whether full blocks are found again by their tokens
+
+    What raises has changed nothing. OutOfBlocks: not enough blocks now; NeverFits: not ever.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_blocks: int | None = None,
+        copy: Callable[[int, int], None] = lambda source, destination: None,
+        dead: Callable[[int], None] = lambda block: None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.block_size = block_size
+        self.allocator = BlockAllocator(num_blocks, evicting=self._evicting, dead=dead)
+        self.max_blocks = num_blocks if max_blocks is None else min(max_blocks, num_blocks)
+        self.index = PrefixIndex(block_size)
+        self.prefix_caching = prefix_caching
+        self.sequences: dict[Sequence, None] = {}  # in the order of their adding
+        self.unused_slots = 0  # of the last blocks, each sequence's counted
+        self._copy = copy
+        self._hits = self._misses = self._copies = 0
+
+    @property
+    def statistics(self) -> Statistics:
+        return Statistics(self._hits, self._misses, self.allocator.num_evictions, self._copies)
+
+    def add(self, tokens: Iterable[int] = (), *, count: int = 0, salt: Hashable = None) -> Sequence:
+        """A new sequence of these tokens, followed by `count` unknown ones.
+
+        Leading full blocks that are in the cache are shared, all but that of the last token:
+        attention has to run for it at least. Sequences of different salts share nothing.
+        """
+        ids = _ids(tokens, count)
+        hash(salt)  # raises TypeError before anything has changed
+        found: list[Entry] = []
+        looked_up = max(len(ids) - 1, 0) // self.block_size if self.prefix_caching else 0
+        if looked_up:
+            found = self.index.match(ids[: looked_up * self.block_size], salt)
+        shared = [entry.block for entry in found]
+        needed = self._num_blocks(len(ids)) - len(shared)
+        revived = sum(map(self.allocator.is_kept, shared))
+        self.allocator.check_available(needed, revived)
+
+        sequence = Sequence(self, salt)
+        self.allocator.share(shared)
+        sequence.blocks.extend(shared)
+        sequence.blocks.extend(self.allocator.allocate(needed))
+        sequence.entries = found
+        sequence.tokens = ids
+        sequence.num_cached = sequence.num_written = len(found) * self.block_size
+        self.sequences[sequence] = None
+        self.unused_slots += self._unused(sequence)
+        self._hits += len(found)
+        self._misses += looked_up - len(found)
+        return sequence
+
+    def append(self, sequence: Sequence, tokens: Iterable[int] = (), *, count: int = 0) -> None:
+        """Makes room for more tokens. A last block that others hold as well is copied first."""
+        self.check(sequence)
+        ids = _ids(tokens, count)
+        if not ids:
+            return
+        allocator = self.allocator
+        needed = self._num_blocks(len(sequence) + len(ids)) - len(sequence.blocks)
+        last = sequence.blocks[-1] if len(sequence) % self.block_size else None
+        is_shared = last is not None and allocator.ref_count(last) > 1
+        new = allocator.allocate(needed + is_shared)
+        if is_shared:
+            copied = new.pop()
+            self._copy(last, copied)
+            self._copies += 1
+            sequence.blocks[-1] = copied
+            allocator.free([last])
+        elif last in self.index:
+            # It was full and findable before it was truncated; its content ends here.
+            allocator.forget(self.index.remove(last))
+        sequence.blocks.extend(new)
+        sequence.tokens += ids
+        self.unused_slots += len(new) * self.block_size - len(ids)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence of the same tokens in the same blocks.
+
+        Raises ValueError where tokens are pending: both would write them into the same slots.
+        """
+        self.check(sequence)
+        if sequence.num_pending:
+            raise ValueError(
+                f"sequence: {sequence.num_pending} tokens are pending; fork before they are "
+                "appended, or after they are written"
+            )
+        self.allocator.share(sequence.blocks)
+        twin = Sequence(self, sequence.salt)
+        twin.tokens = sequence.tokens[:]
+        twin.blocks = sequence.blocks[:]
+        twin.entries = sequence.entries[:]
+        twin.num_cached = twin.num_written = sequence.num_written
+        self.sequences[twin] = None
+        self.unused_slots += self._unused(twin)
+        return twin
+
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Takes back all but the first tokens, and the blocks that held the others alone."""
+        self.check(sequence)
+        num_tokens = operator.index(num_tokens)
+        if not 0 <= num_tokens <= len(sequence):
+            raise ValueError(
+                f"num_tokens: got {num_tokens}, needs 0 to the sequence's {len(sequence)}"
+            )
+        remaining = -(-num_tokens // self.block_size)
+        self.unused_slots -= self._unused(sequence)
+        self.allocator.free(sequence.blocks[remaining:])
+        del sequence.blocks[remaining:], sequence.tokens[num_tokens:]
+        del sequence.entries[num_tokens // self.block_size :]
+        sequence.num_written = min(sequence.num_written, num_tokens)
+        sequence.version += 1
+        self.unused_slots += self._unused(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """Ends a sequence; what others hold stays, what can be found again is kept."""
+        self.truncate(sequence, 0)
+        del self.sequences[sequence]
+        sequence.pool = None
+
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """The first tokens' keys and values are written: their full blocks can be found now.
+
+        Raises ValueError for more tokens than there are.
+        """
+        self.check(sequence)
+        if num_tokens > len(sequence):
+            raise ValueError(f"num_tokens: got {num_tokens}, the sequence has {len(sequence)}")
+        sequence.num_written = max(sequence.num_written, num_tokens)
+        if not self.prefix_caching:
+            return
+        entries, size = sequence.entries, self.block_size
+        while entries and not entries[-1].is_alive:
+            entries.pop()
+        for i in range(len(entries), sequence.num_written // size):
+            tokens = tuple(sequence.tokens[i * size : (i + 1) * size])
+            if UNKNOWN in tokens:
+                break
+            parent = entries[-1] if entries else sequence.salt
+            entry = self.index.insert(parent, tokens, sequence.blocks[i])
+            entries.append(entry)
+            if entry.block == sequence.blocks[i]:
+                self.allocator.keep(entry.block)
+
+    def _evicting(self, block: int) -> None:
+        self.allocator.forget(b for b in self.index.remove(block) if b != block)
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        needed = -(-num_tokens // self.block_size)
+        if needed > self.max_blocks:
+            total = self.allocator.num_blocks
+            limit = "in all" if self.max_blocks == total else "to a sequence"
+            raise NeverFits(needed, self.max_blocks, limit)
+        return needed
+
+    def _unused(self, sequence: Sequence) -> int:
+        return len(sequence.blocks) * self.block_size - len(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises unless this is a live sequence of this pool: TypeError or ValueError."""
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"sequence: got {type(sequence).__name__}, needs a Sequence")
+        if sequence.pool is not self:
+            whose = "was freed" if sequence.pool is None else "is another cache's"
+            raise ValueError(f"sequence: {whose}")
+
+
+def _ids(tokens: Iterable[int], count: int) -> list[int]:
+    ids = list(map(operator.index, tokens))
+    if ids and min(ids) < 0:
+        raise ValueError(f"tokens: got id {min(ids)}, needs ids of at least 0")
+    if count < 0:
+        raise ValueError(f"count: got {count}, needs at least 0")
+    return ids + [UNKNOWN] * count

@@ -1,0 +1,335 @@
+"""`PagedKVCache` on host arrays: contents through attention, arguments, pictures, staging."""
+
+import ctypes
+import xml.etree.ElementTree
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cupy_paged
+from cupy_paged import PagedKVCache, cache_picture, gpu, staging
+from support import compare, frameworks
+from support.fake_cupy import FakeCuPy
+from support.kv_cache_suite import KVCacheSuite, Story
+
+
+@pytest.fixture(params=frameworks.writable(frameworks.host()), ids=lambda arrays: arrays.name)
+def arrays(request):
+    return request.param
+
+
+class TestKVCache(KVCacheSuite):
+    pass
+
+
+def new(num_layers=1, num_blocks=8, **options):
+    options = {
+        "num_kv_heads": 2, "head_size": 8, "block_size": 4, "dtype": "float32",
+        "framework": "numpy", **options,
+    }  # fmt: skip
+    return PagedKVCache(num_layers, num_blocks, **options)
+
+
+def ones(count, num_heads=2):
+    return np.ones((count, num_heads, 8), np.float32)
+
+
+def test_batch_is_pending_until_it_is_written_in_every_layer():
+    cache = new(num_layers=2)
+    sequence = cache.add(range(6))
+    batch = cache.batch([sequence])
+    cache.write(1, ones(6), ones(6), batch)
+    cache.write(1, ones(6), ones(6), batch)
+    assert (sequence.num_written, sequence.num_pending) == (0, 6)
+    cache.write(0, ones(6), ones(6), batch)
+    assert (sequence.num_written, sequence.num_pending) == (6, 0)
+    cache.append(sequence, [1])
+    cache.write(0, ones(1), ones(1), cache.batch([sequence]))
+    assert sequence.num_pending == 1
+
+
+def test_what_was_taken_back_during_a_step_is_left_out():
+    cache = new(num_blocks=12)
+    kept, cut, freed = (cache.add(range(5)) for _ in range(3))
+    batch = cache.batch([kept, cut, freed])
+    cache.truncate(cut, 2)
+    cache.append(cut, [7, 8, 9])
+    cache.free(freed)
+    cache.write(0, ones(15), ones(15), batch)
+    assert (kept.num_pending, cut.num_pending) == (0, 5)
+
+
+def test_capture_writes_nothing(monkeypatch):
+    cache = new()
+    sequence = cache.add(range(3))
+    batch = cache.batch([sequence])
+    monkeypatch.setattr(cache, "_is_capturing", lambda stream: True)
+    cache.write(0, ones(3), ones(3), batch)
+    assert sequence.num_pending == 3
+    with pytest.raises(RuntimeError, match="outside of the capture"):
+        cache.batch([sequence])
+    cache.commit(batch)
+    assert sequence.num_pending == 0
+
+
+def test_copies_of_a_step_are_one_call(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "cupy_paged.kv_cache.copy_blocks",
+        lambda keys, values, pairs, **options: calls.append(pairs.tolist()),
+    )
+    cache = new(num_blocks=16)
+    first = cache.add(range(6))
+    cache.commit(cache.batch([first]))
+    twins = [cache.fork(first) for _ in range(4)]
+    for twin in twins:
+        cache.append(twin, [1])
+    assert calls == []
+    cache.batch(twins)
+    assert calls == [[[first.blocks[1], twin.blocks[1]] for twin in twins]]
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_copies_that_touch_are_not_done_side_by_side(poison):
+    story = Story(frameworks.host()[0], poison=poison)
+    first = story.cache.add(range(6))
+    story.step([first])
+    for _ in range(5):  # a copy of a copy of ..., no batch between
+        twin = story.cache.fork(first)
+        story.cache.append(twin, [1])
+        story.cache.truncate(twin, 6)
+        story.cache.free(first)
+        first = twin
+    story.cache.append(first, [3])
+    story.step([first])
+
+
+def test_buffers_grow_where_no_bounds_were_given():
+    story = Story(frameworks.host()[0], num_blocks=64)
+    short = story.cache.add(range(3))
+    one = story.step([short])
+    long = story.cache.add(range(150))
+    two = story.step([short, long])
+    assert one.block_tables.shape[1] < two.block_tables.shape[1] == 64
+    assert (one.max_seq_len, two.max_seq_len) == (3, 150)
+
+
+def test_no_sequences():
+    story = Story(frameworks.host()[0])
+    batch = story.step([])
+    assert batch.seq_lens.shape == (0,)
+    story.step([], num_seqs=2, num_tokens=3)
+
+
+def test_framework_and_dtype_are_those_of_like():
+    torch = pytest.importorskip("torch")
+    cache = new(framework=None, dtype=None, like=torch.empty(0, dtype=torch.bfloat16))
+    assert cache.key_caches[0].dtype == torch.bfloat16
+    assert cache.dtype == "bfloat16"
+    assert isinstance(new(framework="torch", device="cpu").value_caches[0], torch.Tensor)
+    assert new(dtype="fp8", head_size=16, layout="vllm").key_caches[0].dtype == np.uint8
+
+
+def test_jax_cannot_hold_a_cache_but_use_one():
+    jax = pytest.importorskip("jax")
+    with pytest.raises(TypeError, match="immutable and cannot hold a cache"):
+        new(framework=None, like=jax.numpy.zeros(1))
+    with pytest.raises(TypeError, match="immutable"):
+        new(framework="jax")
+    cache = new()
+    batch = cache.batch([cache.add(range(3))])
+    cache.write(0, jax.numpy.ones((3, 2, 8)), jax.numpy.ones((3, 2, 8)), batch)
+    out = cache.attend(0, jax.numpy.ones((1, 4, 8)), batch)
+    assert isinstance(out, jax.Array)
+    compare.close(np.asarray(out), np.ones((1, 4, 8)), "float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"num_blocks": 0}, ValueError, "num_blocks: got 0"),
+        ({"num_layers": 1.0}, TypeError, "num_layers"),
+        ({"max_seq_len": 0}, ValueError, "max_seq_len: got 0"),
+        ({"head_size": 12}, ValueError, "head_size 12 is not supported"),
+        ({"block_size": 257}, ValueError, "block_size 257"),
+        ({"layout": "XYZ"}, ValueError, "layout: unknown 'XYZ'"),
+        ({"layout": "vllm", "dtype": "fp8"}, ValueError, "head_size: got 8"),
+        ({"dtype": "int8"}, ValueError, "dtype: got 'int8'"),
+        ({"dtype": None}, ValueError, "dtype: needs one of"),
+        ({"framework": None}, ValueError, "framework: got None"),
+        ({"framework": "tensorflow"}, ValueError, "framework: got 'tensorflow'"),
+        ({"device": 1}, ValueError, "NumPy arrays are on the host"),
+        ({"like": np.zeros(1)}, TypeError, "needs to come without them"),
+        ({"framework": None, "like": 3}, TypeError, "like: got int"),
+        ({"k_scale": [1.0, 2.0]}, ValueError, "k_scale: 2 scales"),
+    ],
+)
+def test_wrong_arguments(options, error, words):
+    with pytest.raises(error, match=words):
+        new(**options)
+
+
+def test_wrong_batches():
+    cache = new(max_num_seqs=2, max_num_tokens=8, max_seq_len=8)
+    first, second = cache.add(range(5)), cache.add(range(4))
+    for arguments, options, words in (
+        ([[first, first]], {}, "one is named twice"),
+        ([[first, second]], {}, "max_num_tokens: the batch has 9, the cache was made for 8"),
+        ([[first]], {"each_token": True}, "max_num_seqs: the batch has 5"),
+        ([[first]], {"num_tokens": 4}, "num_tokens: got 4, the batch has 5"),
+        ([[first]], {"each_token": True, "num_seqs": 4}, "each token has a row: 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cache.batch(*arguments, **options)
+    with pytest.raises(cupy_paged.NeverFits, match="3 cache blocks needed, 2 to a sequence"):
+        cache.append(first, range(4))
+    with pytest.raises(ValueError, match="another cache's"):
+        cache.batch([new().add([1])])
+    old, batch = cache.batch([first]), cache.batch([second])
+    with pytest.raises(ValueError, match="another one has taken the place"):
+        cache.write(0, ones(5), ones(5), old)
+    with pytest.raises(ValueError, match="layer: got 1, needs 0 to 0"):
+        cache.attend(1, ones(1), batch)
+    cache.free(first)
+    with pytest.raises(ValueError, match="was freed"):
+        cache.batch([first])
+
+
+# ---- pictures ----
+
+
+def pictured(num_blocks=300):
+    cache = new(num_layers=2, num_blocks=num_blocks)
+    first = cache.add(range(10))
+    cache.commit(cache.batch([first]))
+    cache.append(cache.fork(first), [1])
+    cache.add(range(100, 250))
+    done = cache.add(range(300, 309))
+    cache.commit(cache.batch([done]))
+    cache.free(done)
+    return cache
+
+
+def test_terminal_picture():
+    assert str(pictured()).splitlines() == [
+        'PagedKVCache: 2 layers of 2 x 8, float32, "HND", numpy on the host',
+        "  blocks    300 of 4 tokens: 42 used (2 shared), 2 kept, 256 free",
+        "  sequences 3, 171 tokens",
+        "  memory    42.0 KiB used of 300.0 KiB",
+        "  unused    5 slots of last blocks, 2.8% of all slots that sequences have",
+        "  prefixes  0 blocks found, 41 not (0%); 0 evicted, 1 copied",
+        "  |█▓▓▓▓▓▓▓▓░······················································|",
+        "   █ shared  ▓ used  ░ kept  · free",
+    ]
+
+
+@pytest.mark.parametrize("num_blocks", [50, 300, 4096, 100_000])
+def test_notebook_picture(num_blocks):
+    cache = pictured(num_blocks)
+    picture = cache._repr_html_()
+    assert len(picture) < 120_000
+    root = xml.etree.ElementTree.fromstring(picture.replace("&nbsp;", " "))
+    paths = root.findall(".//{*}path")
+    cells = {path[0].text: path.get("d").count("M") for path in paths}
+    if num_blocks == 300:
+        assert cells == {
+            "free": 256,
+            "kept": 2,
+            "sequence 0: 10 tokens, 3 blocks": 3,
+            "sequence 1: 11 tokens, 3 blocks": 1,
+            "sequence 2: 150 tokens, 38 blocks": 38,
+            "shared": 2,
+        }
+        colours = [path.get("fill") for path in paths]
+        assert len(set(colours)) == len(colours)
+    shared = cells.pop("shared")
+    assert shared in (1, 2)
+    assert sum(cells.values()) <= min(num_blocks, cache_picture.MAX_CELLS)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**70, "1048576.0 PiB")],
+)
+def test_bytes_in_words(count, words):
+    assert cache_picture.num_bytes(count) == words
+
+
+# ---- the way to the device ----
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A CuPy whose device memory is the host's, and whose copies run when `run` is called."""
+    fake = FakeCuPy()
+    fake.queued = []
+
+    def memcpy2d_async(to, to_pitch, source, pitch, width, height, kind, stream):
+        assert (kind, stream, fake.device) == (1, 7, 1)
+        assert width <= to_pitch
+        fake.queued += [(to + i * to_pitch, source + i * pitch, width) for i in range(height)]
+
+    def run():
+        for copy in fake.queued:
+            ctypes.memmove(*copy)
+        fake.queued.clear()
+
+    class Event:
+        ptr = 0
+
+        def __init__(self, disable_timing):
+            assert disable_timing
+
+        def synchronize(self):
+            run()
+
+    fake.run = run
+    fake.cuda.Event = Event
+    fake.cuda.runtime.memcpy2DAsync = memcpy2d_async
+    fake.cuda.alloc_pinned_memory = lambda num_bytes: bytearray(num_bytes + 100)
+    monkeypatch.setattr(gpu, "cupy", lambda: fake)
+    return fake
+
+
+def test_staging_sends_rows_and_never_overwrites_what_is_on_its_way(fake):
+    rng = np.random.default_rng(0)
+    sizes = (12, np.dtype(np.int64)), (35, np.dtype(np.int32)), (0, np.dtype(np.int32))
+    sender = staging.Staging(1, staging.Staging.num_bytes(*sizes))
+    targets = []
+    for _ in range(3 * staging.NUM_SLOTS):
+        tokens, tables = rng.integers(0, 99, (3, 4)), rng.integers(0, 99, (5, 7), np.int32)
+        to = np.zeros((3, 6), np.int64), np.zeros((5, 9), np.int32)
+        pieces = [
+            staging.Piece(x, target.ctypes.data, target.strides[0])
+            for x, target in zip((tokens, tables), to, strict=True)
+        ]
+        sender.send(7, [*pieces, staging.Piece(np.zeros((0, 3), np.int32), 0, 0)])
+        targets += zip(to, (tokens.copy(), tables.copy()), strict=True)
+        tokens[...] = tables[...] = -5
+    assert 0 < len(fake.queued) <= staging.NUM_SLOTS * 8
+    fake.run()
+    for target, sent in targets:
+        assert (target[:, : sent.shape[1]] == sent).all()
+        assert not target[:, sent.shape[1] :].any()
+
+
+def test_batches_on_a_device_are_three_small_copies(fake, monkeypatch):
+    cache = new(max_num_seqs=4, max_num_tokens=16, max_seq_len=32)
+    on_device = cache._leader._replace(device=1)
+    monkeypatch.setattr(cache, "_leader", on_device)
+    monkeypatch.setattr(cache, "_stream", lambda stream: 7)
+    monkeypatch.setattr("cupy_paged.batches.empty", host_empty)
+    sequences = [cache.add(range(5)), cache.add(range(9))]
+    batch = cache.batch(sequences, num_seqs=3)
+    assert len(fake.queued) == 3 + 1 + 3
+    fake.run()
+    assert batch.seq_lens.tolist() == [5, 9, 0]
+    assert batch.slot_mapping.shape == (14,)
+    for row, sequence in zip(batch.block_tables, sequences, strict=False):
+        assert row[: len(sequence.blocks)].tolist() == list(sequence.blocks)
+
+
+def host_empty(leader, name, shape, dtype, stream):
+    made = np.zeros(shape, dtype)
+    return SimpleNamespace(owner=made, pointer=made.ctypes.data, bits=made)
