@@ -18,12 +18,13 @@ from pathlib import Path
 try:
     from llama.backend import BACKENDS, array_module, describe
     from llama.batch import Batch, sampler
-    from llama.cache import LAYOUTS
     from llama.checkpoint import Checkpoint
     from llama.display import display
     from llama.download import default_model
     from llama.model import Llama
     from llama.tokenizer import Tokenizer
+
+    from cupy_paged.layouts import LAYOUTS
 except ModuleNotFoundError as error:
     sys.exit(
         f"generate.py needs {error.name}: pip install -e '.[demo]' in the repository's root, or "
@@ -138,8 +139,7 @@ def show(batch: Batch, tokenizer: Tokenizer, texts: list[str], chat: bool) -> No
 def summarise(
     batch: Batch, checkpoint: Checkpoint, xp: object, arguments: argparse.Namespace
 ) -> dict[str, str]:
-    timing, pool, cache = batch.timing, batch.pool, batch.cache
-    megabytes = cache.num_bytes / pool.num_blocks / 1e6
+    timing, cache = batch.timing, batch.cache
 
     def rate(tokens: int, seconds: float) -> str:
         return f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
@@ -149,8 +149,8 @@ def summarise(
         "prompt": rate(timing.prompt_tokens, timing.prompt_seconds),
         "generation": rate(timing.generated_tokens, timing.generation_seconds)
         + f", batch of {len(batch.requests)}",
-        "blocks": f"{pool.peak} of {pool.num_blocks} used at the peak, {cache.block_size} tokens "
-        f"({megabytes:.2f} MB) each, layout {cache.layout}",
+        "blocks": f"{batch.peak_blocks} of {cache.num_blocks} used at the peak, "
+        f"{cache.block_size} tokens ({cache.block_bytes / 1e6:.2f} MB) each, layout {cache.layout}",
         "backend": f"{describe(xp)}, {arguments.dtype}",
     }
 
@@ -169,7 +169,7 @@ def record(batch: Batch, tokenizer: Tokenizer, texts: list[str], summary: dict[s
         ],
         "summary": summary,
         "timing": vars(batch.timing),
-        "blocks": {"peak": batch.pool.peak, "pool": batch.pool.num_blocks},
+        "blocks": {"peak": batch.peak_blocks, "pool": batch.cache.num_blocks},
     }
 
 

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
+from cupy_paged.layouts import LAYOUTS
 from support import generation, tiny_llama
 from support.tiny_llama import VOCABULARY, TinyLlama
 
@@ -23,10 +24,9 @@ from support.tiny_llama import VOCABULARY, TinyLlama
 from llama import download
 from llama.backend import array_module
 from llama.batch import Batch, greedy, sampler
-from llama.cache import LAYOUTS, BlockPool
 from llama.checkpoint import Checkpoint
-from llama.display import Display, LiveDisplay
-from llama.model import Llama, Rows
+from llama.display import Display, LiveDisplay, counter
+from llama.model import Llama
 from llama.tokenizer import Tokenizer
 
 PROMPT_LENGTHS = (1, 16, 7, 40)
@@ -84,19 +84,11 @@ class TestModel:
     def test_logits(self, tmp_path, seed, rng, variant):
         tiny = TinyLlama(seed, **variant)
         model = Llama(Checkpoint(tiny.write(tmp_path / "tiny.gguf")))
-        tokens = rng.integers(0, len(VOCABULARY), 37)
-        positions = np.arange(37)
-        rows = Rows(
-            tokens=tokens,
-            positions=positions,
-            block_tables=np.broadcast_to(np.int32([3, 0, 4, 1, 2]), (37, 5)).copy(),
-            seq_lens=(positions + 1).astype(np.int32),
-            slot_mapping=np.int64([3, 0, 4, 1, 2])[positions // 8] * 8 + positions % 8,
-            max_seq_len=37,
-            wanted=positions,
-        )
-        logits = model.step(rows, model.new_cache(5, 8, "HND"))
-        expected = tiny.logits(tokens.tolist())
+        tokens = rng.integers(0, len(VOCABULARY), 37).tolist()
+        cache = model.new_cache(5, 8)
+        batch = cache.batch([cache.add(tokens)], each_token=True)
+        logits = model.step(batch, cache, np.arange(37))
+        expected = tiny.logits(tokens)
         assert logits.dtype == np.float32
         error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
         assert error < 5e-6
@@ -115,10 +107,10 @@ class TestModel:
     def test_float16(self, tmp_path, seed, prompts):
         tiny = TinyLlama(seed)
         model = Llama(Checkpoint(tiny.write(tmp_path / "tiny.gguf")), dtype="float16")
-        batch = Batch(model, prompts, 1)
-        assert batch.cache.layers[0][0].dtype == np.float16
-        rows, _ = batch._rows([0, 1, 2, 3])
-        logits = model.step(rows, batch.cache)
+        cache = model.new_cache(16)
+        assert cache.key_caches[0].dtype == np.float16
+        batch = cache.batch([cache.add(prompt) for prompt in prompts], each_token=True)
+        logits = model.step(batch, cache, batch.last_tokens)
         expected = np.stack([tiny.logits(prompt)[-1] for prompt in prompts])
         assert logits.dtype == np.float32
         assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 5e-3
@@ -142,22 +134,20 @@ class TestBatch:
 
     def test_blocks_are_taken_as_sequences_grow_and_given_back(self, model, prompts):
         batch = Batch(model, prompts, 20, block_size=8)
-        assert batch.pool.num_blocks == 3 + 5 + 4 + 8
+        assert batch.cache.num_blocks == 3 + 5 + 4 + 8
         for _ in batch.run():
             live = [r for r in batch.requests if r.finish_reason is None]
-            assert batch.pool.used == sum(-(-r.num_cached // 8) for r in live)
-            blocks = [block for r in live for block in r.blocks]
-            assert len(set(blocks)) == len(blocks)
+            assert batch.cache.num_used == sum(-(-len(r.sequence) // 8) for r in live)
         # The last token of each is never fed back.
-        assert batch.pool.peak == sum(-(-(n + 19) // 8) for n in PROMPT_LENGTHS)
-        assert batch.pool.used == 0
+        assert batch.peak_blocks == sum(-(-(n + 19) // 8) for n in PROMPT_LENGTHS)
+        assert batch.cache.num_used == 0
         assert batch.timing.prompt_tokens == sum(PROMPT_LENGTHS)
         assert batch.timing.generated_tokens == 4 * 19
 
     def test_a_step_takes_no_more_rows_than_allowed(self, model, prompts):
         sizes = []
         step = model.step
-        model.step = lambda rows, cache: sizes.append(len(rows.tokens)) or step(rows, cache)
+        model.step = lambda batch, *args: sizes.append(len(batch.token_ids)) or step(batch, *args)
         generation.outputs(model, prompts, 2, max_rows=10)
         assert sizes[:-1] == [10] * 6 + [4] and sizes[-1] == 4
 
@@ -183,16 +173,6 @@ class TestBatch:
             Batch(model, [[1], []], 4)
         with pytest.raises(ValueError, match="prompt 1 has 96 tokens; the model's context holds"):
             Batch(model, [[1] * 96], 4)
-
-    def test_a_pool_hands_out_each_block_once(self):
-        pool = BlockPool(3)
-        blocks = [pool.allocate() for _ in range(3)]
-        assert sorted(blocks) == [0, 1, 2]
-        with pytest.raises(MemoryError, match="all 3 cache blocks are in use"):
-            pool.allocate()
-        pool.free(blocks[1:2])
-        assert pool.allocate() == blocks[1]
-        assert pool.peak == 3
 
     def test_sampling(self):
         logits = np.log(np.float32([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]))
@@ -453,6 +433,16 @@ class TestDisplay:
         view = Display(["t"], out)
         view.add(0, ":\x1b[2J\r\x07\n\té", True)
         assert out.getvalue() == "t:[2J\n\té\n\n"
+
+    def test_a_counter_rewrites_its_line_on_a_terminal_alone(self, monkeypatch):
+        monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((8, 24)))
+        for is_terminal, shown in ((True, "\r\x1b[K1 of 20\r\x1b[K"), (False, "")):
+            out = io.StringIO()
+            out.isatty = lambda is_terminal=is_terminal: is_terminal
+            report = counter(out)
+            report("1 of 2000")
+            report("")
+            assert out.getvalue() == shown
 
 
 class TestBackend:

@@ -196,6 +196,19 @@ def test_wrong_batches():
         cache.batch([first])
 
 
+def test_a_shared_block_counts_once():
+    cache = new()
+    first = cache.add(range(6))
+    cache.commit(cache.batch([first]))
+    twin = cache.fork(first)
+    assert (cache.num_used, cache.num_available) == (2, 6)
+    cache.append(twin, [1])
+    assert cache.num_used == 3
+    cache.free(first)
+    cache.free(twin)
+    assert (cache.num_used, cache.num_available) == (0, 8)
+
+
 # ---- pictures ----
 
 

@@ -1,1 +1,1 @@
-"""A small Llama runtime over cupy_paged: what `examples/generate.py` is made of."""
+"""A small Llama runtime over cupy_paged: what the examples are made of."""

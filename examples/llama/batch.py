@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .cache import BlockPool
-from .model import Array, Llama, Rows
+from cupy_paged import sequences
+
+from .model import Array, Llama
 
 Sampler = Callable[[np.ndarray | Array], list[int]]
 
@@ -21,19 +21,10 @@ class Request:
 
     prompt: list[int]
     max_tokens: int
+    sequence: sequences.Sequence
+    """The prompt and all of the output but a last token that is not fed back."""
     output: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    num_cached: int = 0
-    """How many tokens have their key and value in the cache."""
     finish_reason: str | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
-
-    def token(self, position: int) -> int:
-        past = position - len(self.prompt)
-        return self.prompt[position] if past < 0 else self.output[past]
 
 
 @dataclass
@@ -69,18 +60,21 @@ class Batch:
                     f"{model.config.context_length}, the answer included"
                 )
         self.model = model
-        self.requests = [
-            Request(prompt, min(max_tokens, model.config.context_length - len(prompt)))
-            for prompt in prompts
-        ]
         self.stop_tokens = stop_tokens
         self.sample = sample or greedy
         self.max_rows = max_rows
         self.timing = Timing()
-        worst = [math.ceil((len(r.prompt) + r.max_tokens) / block_size) for r in self.requests]
-        self.pool = BlockPool(sum(worst))
-        self.cache = model.new_cache(self.pool.num_blocks, block_size, layout)
-        self._block_tables = np.zeros((len(prompts), max(worst)), np.int32)
+        limits = [min(max_tokens, model.config.context_length - len(p)) for p in prompts]
+        num_blocks = sum(
+            -(-(len(prompt) + limit) // block_size)
+            for prompt, limit in zip(prompts, limits, strict=True)
+        )
+        self.cache = model.new_cache(num_blocks, block_size, layout)
+        self.peak_blocks = 0
+        self.requests = [
+            Request(prompt, limit, self.cache.add(prompt))
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
 
     def run(self) -> Iterator[list[int]]:
         """Steps until all are finished; yields the indices of those that moved on."""
@@ -90,61 +84,24 @@ class Batch:
 
     def _step(self, indices: list[int], prompting: bool) -> list[int]:
         started = time.perf_counter()
-        rows, sampled = self._rows(indices)
-        logits = self.model.step(rows, self.cache)
+        # A row for each token serves both: in generation, each sequence has one token to compute.
+        batch = self.cache.batch(
+            [self.requests[i].sequence for i in indices], each_token=True, max_tokens=self.max_rows
+        )
+        self.peak_blocks = max(self.peak_blocks, self.cache.num_used)
+        logits = self.model.step(batch, self.cache, batch.last_tokens[batch.completed])
+        sampled = [indices[i] for i in batch.completed]
         tokens = self.sample(logits) if sampled else []
         for index, token in zip(sampled, tokens, strict=True):
             self._append(self.requests[index], token)
         seconds = time.perf_counter() - started
         if prompting:
-            self.timing.prompt_tokens += len(rows.tokens)
+            self.timing.prompt_tokens += len(batch.token_ids)
             self.timing.prompt_seconds += seconds
         else:
             self.timing.generated_tokens += len(tokens)
             self.timing.generation_seconds += seconds
         return sampled
-
-    def _rows(self, indices: list[int]) -> tuple[Rows, list[int]]:
-        """The next rows of these requests, and the requests that reach their last token."""
-        index_of: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        sampled: list[int] = []
-        for index in indices:
-            request = self.requests[index]
-            end = min(request.num_tokens, request.num_cached + self.max_rows - len(positions))
-            self._grow(index, end)
-            index_of += [index] * (end - request.num_cached)
-            positions += range(request.num_cached, end)
-            request.num_cached = end
-            if end == request.num_tokens:
-                wanted.append(len(positions) - 1)
-                sampled.append(index)
-            if len(positions) == self.max_rows:
-                break
-        position = np.array(positions)
-        tables = self._block_tables[index_of]
-        block_size = self.cache.block_size
-        blocks = tables[np.arange(len(position)), position // block_size].astype(np.int64)
-        tokens = [self.requests[i].token(p) for i, p in zip(index_of, positions, strict=True)]
-        xp = self.model.xp
-        rows = Rows(
-            tokens=xp.asarray(np.array(tokens, np.int64)),
-            positions=xp.asarray(position),
-            block_tables=xp.asarray(tables),
-            seq_lens=xp.asarray((position + 1).astype(np.int32)),
-            slot_mapping=xp.asarray(blocks * block_size + position % block_size),
-            max_seq_len=max(positions) + 1,
-            wanted=xp.asarray(np.array(wanted, np.int64)),
-        )
-        return rows, sampled
-
-    def _grow(self, index: int, num_tokens: int) -> None:
-        blocks = self.requests[index].blocks
-        while len(blocks) * self.cache.block_size < num_tokens:
-            block = self.pool.allocate()
-            self._block_tables[index, len(blocks)] = block
-            blocks.append(block)
 
     def _append(self, request: Request, token: int) -> None:
         if token in self.stop_tokens:
@@ -154,8 +111,9 @@ class Batch:
             if len(request.output) == request.max_tokens:
                 request.finish_reason = "length"
         if request.finish_reason:
-            self.pool.free(request.blocks)
-            request.blocks = []
+            self.cache.free(request.sequence)
+        else:
+            self.cache.append(request.sequence, [token])
 
 
 def greedy(logits: Array) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 REDRAW_SECONDS = 0.05
@@ -90,6 +90,17 @@ class LiveDisplay(Display):
 def display(titles: Sequence[str], out: TextIO) -> Display:
     live = out.isatty() and len(titles) > 1
     return LiveDisplay(titles, out) if live else Display(titles, out)
+
+
+def counter(out: TextIO) -> Callable[[str], None]:
+    """Shows how far a work is, in one line that each report replaces; nothing off a terminal."""
+
+    def report(text: str) -> None:
+        if out.isatty():
+            out.write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+            out.flush()
+
+    return report
 
 
 def _printable(text: str) -> str:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import cupy_paged
+from cupy_paged import PagedKVCache
+from cupy_paged.batches import Batch
 
-from .cache import KVCache
 from .checkpoint import Checkpoint
 
 Array = Any
@@ -53,24 +53,6 @@ class Layer(NamedTuple):
     down: Array
 
 
-class Rows(NamedTuple):
-    """The tokens of one step, one row each: a prompt's token differs from a new one in nothing."""
-
-    tokens: Array
-    """int64 [num_rows]"""
-    positions: Array
-    """int64 [num_rows], from 0"""
-    block_tables: Array
-    """int32 [num_rows, max_num_blocks_per_seq]"""
-    seq_lens: Array
-    """int32 [num_rows]: what a row attends to, itself included"""
-    slot_mapping: Array
-    """int64 [num_rows]: where its key and value go"""
-    max_seq_len: int
-    wanted: Array
-    """int64: the rows whose logits are asked for"""
-
-
 class Llama:
     """The weights of a checkpoint on `xp`'s device, and the step that runs them."""
 
@@ -107,44 +89,41 @@ class Llama:
         if unread := checkpoint.unread():
             raise ValueError(f"model: tensors that this program knows no use for: {unread[:5]}")
 
-    def new_cache(self, num_blocks: int, block_size: int, layout: str) -> KVCache:
+    def new_cache(
+        self, num_blocks: int, block_size: int = 16, layout: str = "HND", **options: Any
+    ) -> PagedKVCache:
         c = self.config
-        return KVCache.empty(
-            self.xp, layout, c.num_layers, num_blocks, block_size, c.num_kv_heads, c.head_size,
-            self.dtype,
+        return PagedKVCache(
+            c.num_layers, num_blocks, num_kv_heads=c.num_kv_heads, head_size=c.head_size,
+            block_size=block_size, layout=layout, like=self.xp.empty(0, self.dtype), **options,
         )  # fmt: skip
 
-    def step(self, rows: Rows, cache: KVCache) -> Array:
-        """Logits, float32 [len(rows.wanted), vocab_size]; the keys and values join the cache."""
+    def step(self, batch: Batch, cache: PagedKVCache, wanted: np.ndarray) -> Array:
+        """Logits of the `wanted` tokens of a batch that has a row for each token.
+
+        float32 [len(wanted), vocab_size]. The keys and values of all join the cache.
+        """
         xp, c = self.xp, self.config
-        num_rows = len(rows.tokens)
-        angles = rows.positions[:, None, None] * self.inverse_frequencies
+        num_rows = len(batch.token_ids)
+        angles = batch.positions[:, None, None] * self.inverse_frequencies
         cos, sin = xp.cos(angles).astype(np.float32), xp.sin(angles).astype(np.float32)
         # The residual stream stays float32: it outgrows float16 in some models.
-        x = self.embedding[rows.tokens].astype(np.float32)
-        for layer, (key_cache, value_cache) in zip(self.layers, cache.layers, strict=True):
+        x = self.embedding[batch.token_ids].astype(np.float32)
+        for number, layer in enumerate(self.layers):
             heads = self._norm(x, layer.attn_norm) @ layer.qkv
             heads = heads.reshape(num_rows, -1, c.head_size)
             value = heads[:, c.num_heads + c.num_kv_heads :]
             heads = _rotate(xp, heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
             query, key = heads[:, : c.num_heads], heads[:, c.num_heads :]
-            cache.write(key, value, key_cache, value_cache, rows.slot_mapping)
-            attended = cupy_paged.paged_attention(
-                query,
-                key_cache,
-                value_cache,
-                rows.block_tables,
-                rows.seq_lens,
-                layout=cache.layout,
-                max_seq_len=rows.max_seq_len,
-            )
+            cache.write(number, key, value, batch)
+            attended = cache.attend(number, query, batch)
             x = x + attended.reshape(num_rows, -1) @ layer.attn_output
             gate_up = self._norm(x, layer.ffn_norm) @ layer.gate_up
             gate, up = xp.split(gate_up.astype(np.float32, copy=False), 2, axis=-1)
             # gate * sigmoid(gate), in a form whose exponential cannot overflow
             hidden = gate * (0.5 + 0.5 * xp.tanh(0.5 * gate)) * up
             x = x + hidden.astype(self.dtype, copy=False) @ layer.down
-        x = self._norm(x[rows.wanted], self.output_norm)
+        x = self._norm(x[xp.asarray(wanted)], self.output_norm)
         return (x @ self.output).astype(np.float32, copy=False)
 
     def _norm(self, x: Array, weight: Array) -> Array:

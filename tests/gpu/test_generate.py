@@ -3,10 +3,8 @@
 import cupy
 import pytest
 
+from cupy_paged.layouts import LAYOUTS
 from support import generation
-
-# isort: split
-from llama.cache import LAYOUTS
 
 NUM_TOKENS = len(generation.EXPECTED[0])
 # A float16 logit of this model is off by a few hundredths: a wider lead than this must hold.
