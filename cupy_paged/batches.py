@@ -10,7 +10,7 @@ import numpy as np
 
 from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array
-from cupy_paged.results import empty
+from cupy_paged.results import empty, torch_stream
 from cupy_paged.sequences import Sequence
 from cupy_paged.staging import Piece, Staging
 
@@ -129,9 +129,11 @@ def _padded(name: str, live: int, padded: int | None) -> int:
 
 
 def current_for(leader: Array, stream: int) -> contextlib.AbstractContextManager[None]:
-    """Where arrays beside `leader` can be assigned to: CuPy does it on its current device."""
+    """Where arrays beside `leader` can be assigned to, on a stream."""
     if leader.framework == "cupy":
         return gpu.using(leader.device, stream)
+    if leader.framework == "torch":
+        return torch_stream(leader.device, stream)
     return contextlib.nullcontext()
 
 
@@ -152,6 +154,11 @@ class Buffers:
         if leader.device is not HOST:
             sizes = (3 * num_tokens, INT64), (num_rows, INT32), (num_rows * max_blocks, INT32)
             self._staging = Staging(leader.device, Staging.num_bytes(*sizes))
+
+    def finish(self) -> None:
+        """Waits until the arrays have been sent all that was given: their memory may go then."""
+        if self._staging is not None:
+            self._staging.finish()
 
     def fits(self, host: HostBatch) -> bool:
         """Whether the arrays are large enough."""

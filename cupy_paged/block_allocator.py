@@ -8,6 +8,7 @@ out. free + kept + used = total, always.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -69,7 +70,8 @@ class BlockAllocator:
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._worth_keeping = [False] * num_blocks
-        self._kept: dict[int, None] = {}  # in the order of their last use, oldest first
+        # In the order of their last use, oldest first. A dict would search past what was deleted.
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -153,8 +154,8 @@ class PagedKVCache:
 
         max_blocks = None if max_seq_len is None else -(-max_seq_len // block_size)
         self.pool = SequencePool(
-            num_blocks, block_size, max_blocks=max_blocks, copy=self._copy_later,
-            dead=self._poison if poison else _nothing, prefix_caching=prefix_caching,
+            num_blocks, block_size, max_blocks=max_blocks, copy=_weakly(self._copy_later),
+            dead=_weakly(self._poison) if poison else _nothing, prefix_caching=prefix_caching,
         )  # fmt: skip
         self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_tokens
         self._max_seq_len = None if max_blocks is None else self.pool.max_blocks * block_size
@@ -163,6 +164,7 @@ class PagedKVCache:
         self._layers_written: set[int] = set()
         self._copies: dict[int, int] = {}  # destination -> source
         self._copied: set[int] = set()
+        self._last_stream: int | None = None  # of a batch or a write
 
     # ---- sequences ----
 
@@ -241,7 +243,10 @@ class PagedKVCache:
         if self._is_capturing(stream):
             raise RuntimeError("a batch is taken from the host, needs to be outside of the capture")
         self._copy_now(stream)
+        self._last_stream = stream
         if self._buffers is None or not self._buffers.fits(host):
+            if self._buffers is not None:
+                self._buffers.finish()
             self._buffers = self._new_buffers(len(host.seq_lens), host.tokens.shape[1], stream)
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
         self._batch = self._buffers.fill(host, longest, stream)
@@ -264,7 +269,8 @@ class PagedKVCache:
             reshape_and_cache(*arguments, stream=stream)
         else:
             reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
-        if not self._is_capturing(launch_stream(key, stream)):
+        self._last_stream = launch_stream(key, stream)
+        if not self._is_capturing(self._last_stream):
             self._layers_written.add(layer)
             if len(self._layers_written) == self.num_layers:
                 self.commit(batch)
@@ -386,16 +392,24 @@ class PagedKVCache:
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer: got {layer}, needs 0 to {self.num_layers - 1}")
         if batch is not self._batch:
-            raise ValueError("batch: another one has taken the place of its arrays")
+            raise ValueError(
+                "batch: is over; another one, or copies made early, have taken its place"
+            )
 
     # A step's copies are done together, before its batch; blocks are written by batches alone.
 
     def _copy_later(self, source: int, destination: int) -> None:
         # Copies run side by side: what one of them writes, no other of them may touch.
         if source in self._copies or destination in self._copies or destination in self._copied:
-            self._copy_now(self._stream())
+            self._copy_early()
         self._copies[destination] = source
         self._copied.add(source)
+
+    def _copy_early(self) -> None:
+        if self._copies:
+            # The present batch may write into a block that was freed, and is copied into now.
+            self._batch = None
+            self._copy_now(self._stream() if self._last_stream is None else self._last_stream)
 
     def _copy_now(self, stream: int) -> None:
         if not self._copies:
@@ -418,7 +432,7 @@ class PagedKVCache:
         return [cache.view(kind) for cache in (*self.key_caches, *self.value_caches)]
 
     def _poison(self, block: int) -> None:
-        self._copy_now(self._stream())  # may be from this block
+        self._copy_early()  # may be from this block
         self._fill_with_nan(block)
 
     def _fill_with_nan(self, blocks: Any) -> None:
@@ -429,6 +443,12 @@ class PagedKVCache:
 
 def _nothing(block: int) -> None:
     pass
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """The method, without keeping its object: a cache must go with its last reference."""
+    ref = weakref.WeakMethod(method)
+    return lambda *arguments: ref()(*arguments)
 
 
 def _array_of(framework: str | None, device: Any) -> Any:
@@ -461,7 +481,10 @@ def _leader(like: Any) -> Array:
         raise TypeError(
             f"like: is an array by protocol alone, needs to be of {', '.join(FRAMEWORKS)}"
         )
-    return array(like, "like")
+    leader = array(like, "like")
+    # Only where it is counts: the array itself may go.
+    stand_in = empty(leader, "like", (0,), "uint8", launch_stream(like, None))
+    return leader._replace(owner=stand_in.owner, bits=stand_in.bits)
 
 
 def _immutable(name: str) -> TypeError:

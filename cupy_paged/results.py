@@ -36,7 +36,7 @@ def blank(
     """What `empty` makes, as it is: beside an array of that framework on that device."""
     if framework == "torch":
         torch = sys.modules["torch"]
-        with _torch_stream(device, stream):
+        with torch_stream(device, stream):
             return torch.empty(shape, dtype=getattr(torch, dtype), device=beside.device)
     if device is HOST:
         return np.empty(shape, _numpy_dtype(dtype))
@@ -94,7 +94,7 @@ def pool_memory(
 _NOTHING = contextlib.nullcontext()
 
 
-def _torch_stream(device: int | None, stream: int) -> contextlib.AbstractContextManager[Any]:
+def torch_stream(device: int | None, stream: int) -> contextlib.AbstractContextManager[Any]:
     """Makes a stream torch's current one, so that its allocator knows who will use the memory."""
     if device is HOST or current("torch", device) == stream:
         return _NOTHING

@@ -122,6 +122,7 @@ class SequencePool:
         Leading full blocks that are in the cache are shared, all but that of the last token:
         attention has to run for it at least. Sequences of different salts share nothing.
         """
+        self._num_blocks(count)  # before room is made for that many
         ids = _ids(tokens, count)
         hash(salt)  # raises TypeError before anything has changed
         found: list[Entry] = []
@@ -149,6 +150,7 @@ class SequencePool:
     def append(self, sequence: Sequence, tokens: Iterable[int] = (), *, count: int = 0) -> None:
         """Makes room for more tokens. A last block that others hold as well is copied first."""
         self.check(sequence)
+        self._num_blocks(len(sequence) + count)  # before room is made for that many
         ids = _ids(tokens, count)
         if not ids:
             return
@@ -263,8 +265,9 @@ class SequencePool:
 
 def _ids(tokens: Iterable[int], count: int) -> list[int]:
     ids = list(map(operator.index, tokens))
-    if ids and min(ids) < 0:
-        raise ValueError(f"tokens: got id {min(ids)}, needs ids of at least 0")
+    if ids and not 0 <= min(ids) <= max(ids) < 2**63:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ValueError(f"tokens: got id {wrong}, needs ids from 0 to 2**63 - 1")
     if count < 0:
         raise ValueError(f"count: got {count}, needs at least 0")
     return ids + [UNKNOWN] * count

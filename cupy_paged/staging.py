@@ -65,3 +65,9 @@ class Staging:
                 )  # fmt: skip
             start += self.num_bytes((rows.size, rows.dtype))
         self._sent[slot] = gpu.record(self._device, stream)
+
+    def finish(self) -> None:
+        """Waits for what is on its way. Pinned memory is lent again at once by CuPy's pool."""
+        for event in self._sent:
+            if event is not None:
+                event.synchronize()

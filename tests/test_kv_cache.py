@@ -1,6 +1,8 @@
 """`PagedKVCache` on host arrays: contents through attention, arguments, pictures, staging."""
 
 import ctypes
+import gc
+import weakref
 import xml.etree.ElementTree
 from types import SimpleNamespace
 
@@ -105,6 +107,42 @@ def test_copies_that_touch_are_not_done_side_by_side(poison):
     story.step([first])
 
 
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_step_whose_blocks_were_given_away_cannot_be_written(poison):
+    cache = new(num_blocks=6, block_size=4, poison=poison)
+    first = cache.add([1, 2])
+    cache.write(0, ones(2), ones(2), cache.batch([first]))
+    aborted = cache.add([5, 6, 7])
+    step = cache.batch([aborted])
+    cache.free(aborted)
+    fork = cache.fork(first)
+    cache.append(fork, [3])  # its copy goes into the block that the step would write
+    if poison:
+        cache.free(cache.add([9]))
+    else:
+        cache.truncate(fork, 2)
+        cache.append(cache.fork(fork), [4])
+    with pytest.raises(ValueError, match="batch: is over; another one"):
+        cache.write(0, 666 * ones(3), 666 * ones(3), step)
+    cache.batch([fork])
+    assert (cache.key_caches[0][fork.blocks[0], :, :2] == 1).all()
+
+
+def test_a_cache_goes_with_its_last_reference_and_does_not_hold_on_to_like():
+    like = np.ones(4, np.float32)
+    cache = PagedKVCache(1, 8, num_kv_heads=2, head_size=8, like=like, poison=True)
+    gone = weakref.ref(like)
+    del like
+    assert gone() is None
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_buffers_grow_where_no_bounds_were_given():
     story = Story(frameworks.host()[0], num_blocks=64)
     short = story.cache.add(range(3))
@@ -187,7 +225,7 @@ def test_wrong_batches():
     with pytest.raises(ValueError, match="another cache's"):
         cache.batch([new().add([1])])
     old, batch = cache.batch([first]), cache.batch([second])
-    with pytest.raises(ValueError, match="another one has taken the place"):
+    with pytest.raises(ValueError, match="batch: is over; another one"):
         cache.write(0, ones(5), ones(5), old)
     with pytest.raises(ValueError, match="layer: got 1, needs 0 to 0"):
         cache.attend(1, ones(1), batch)

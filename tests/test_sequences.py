@@ -268,3 +268,18 @@ def test_wrong_sequences_and_tokens():
     assert repr(sequence) == "<Sequence, freed>"
     with pytest.raises(ValueError, match="was freed"):
         pool.free(sequence)
+
+
+def test_what_can_never_fit_is_refused_before_room_is_made_for_it():
+    pool = SequencePool(8, 4)
+    sequence = pool.add([1])
+    for call in (lambda: pool.add(count=10**12), lambda: pool.append(sequence, count=10**12)):
+        with pytest.raises(NeverFits):
+            call()
+
+
+def test_token_ids_have_63_bits():
+    pool = SequencePool(8, 4)
+    pool.add([2**63 - 1])
+    with pytest.raises(ValueError, match=f"^tokens: got id {2**63},"):
+        pool.add([1, 2**63])
