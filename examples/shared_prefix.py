@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 try:
-    from llama.backend import BACKENDS, array_module, describe
+    from llama.backend import BACKENDS, array_module, describe, finish
     from llama.batch import Sampler, sampler
     from llama.checkpoint import Checkpoint
     from llama.display import counter, display
@@ -128,6 +128,7 @@ class Samples:
             started = time.perf_counter()
             logits.append(self._step(pending))
             self.num_computed = sum(s.num_written for s in sequences)
+            finish(self.model.xp)
             self.prompt_seconds += time.perf_counter() - started
             yield []
         xp = self.model.xp

@@ -37,6 +37,12 @@ def array_module(name: str = "auto") -> Any:
     return cupy
 
 
+def finish(xp: Any) -> None:
+    """Waits for the device, before a clock is read."""
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+
+
 def describe(xp: Any) -> str:
     if xp is np:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
