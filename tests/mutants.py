@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-WORKERS = 4  # mutants that share the GPU
+WORKERS = max(4, (os.cpu_count() or 1) // 3)  # mutants that share the GPU
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -32,6 +32,8 @@ class Mutant(NamedTuple):
 
 OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
 MOVES = "tests/gpu/test_block_ops.py"
+MERGE = "tests/gpu/test_merge.py"
+WRITES = "tests/gpu/test_cache_ops.py"
 
 MUTANTS = (
     Mutant(
@@ -85,6 +87,53 @@ MUTANTS = (
         "const int live = min(count, from.end - token);",
         "const int live = from.end > token - BLOCK_SIZE ? count : 0;",
         OLDER_CHIPS,
+    ),
+    Mutant(
+        "counters of a launch are left to the next",
+        "kernels/pieces.cuh",
+        "p.work->arrivals[i] = 0",
+        "p.work->arrivals[i] += 0",
+    ),
+    Mutant(
+        "partitions are counted before they are stored",
+        "kernels/clerk.cuh",
+        "order.stored.wait(parity);",
+        "",
+        "tests/gpu/test_bitwise.py",
+    ),
+    Mutant(
+        "a row's first partition is summed twice, its last one never",
+        "kernels/partition_states.cuh",
+        "(row[h] + first + k * NUM_WARPS)",
+        "(row[h] + max(first + k * NUM_WARPS - 1, 0))",
+    ),
+    Mutant(
+        "an empty side is merged by its weight",
+        "kernels/merge_attn_states.cu",
+        "const bool suffix_only = !prefix_only && is_empty(prefix_lse[k]);",
+        "const bool suffix_only = false;",
+        MERGE,
+    ),
+    Mutant(
+        "the first token without a prefix is merged",
+        "kernels/merge_attn_states.cu",
+        "token[k] < p.num_merged_tokens",
+        "token[k] <= p.num_merged_tokens",
+        MERGE,
+    ),
+    Mutant(
+        "skipped slots are written",
+        "kernels/reshape_and_cache.cu",
+        "if (slot < 0 || slot >= p.num_slots) return;",
+        "if (slot < -1 || slot >= p.num_slots) return;",
+        WRITES,
+    ),
+    Mutant(
+        "k_scale in place of v_scale, written values",
+        "kernels/reshape_and_cache.cu",
+        "p.v_scale_array ? *p.v_scale_array : p.v_scale",
+        "p.k_scale_array ? *p.k_scale_array : p.k_scale",
+        WRITES,
     ),
     Mutant(
         "the last bytes of a block are not copied",

@@ -149,7 +149,7 @@ class KVCacheSuite:
     def test_random_story_through_attention(self, arrays, seed, dtype, layout):
         story = Story(arrays, dtype, layout, seed=seed)
         refused = 0
-        for _ in range(60):
+        for number in range(600):  # 60, and on until everything has happened
             for _ in range(story.random.randrange(1, 6)):
                 try:
                     story.attempt()
@@ -157,9 +157,11 @@ class KVCacheSuite:
                     refused += 1
             sequences = [s for s in story.cache.sequences if story.random.random() < 0.7]
             story.step(sequences)
-        assert refused
-        found = story.cache.statistics
-        assert min(found.hits, found.evictions, found.copies) > 0
+            found = story.cache.statistics
+            seen = min(refused, found.hits, found.evictions, found.copies) > 0
+            if seen and number >= 60:
+                break
+        assert seen
 
     def test_random_story_without_poison(self, arrays, seed):
         """Copies wait for the next batch then, whatever becomes of their blocks before."""
