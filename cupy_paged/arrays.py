@@ -312,7 +312,7 @@ def _from_dlpack(x: Any, name: str, stream: int | None, unordered: int | None = 
         if gpu.is_capturing(device, consumer):
             consumer = unordered
         # torch exports from the current device alone, and stream 1 is each device's own.
-        with gpu.cupy().cuda.Device(device):
+        with gpu.on(device):
             capsule = _capsule(x, stream=consumer)
     else:
         capsule = _capsule(x)

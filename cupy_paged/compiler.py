@@ -124,7 +124,7 @@ def load(kernel: Kernel, device: int, stream: int) -> Loaded:
 def _load(kernel: Kernel, device: int, sm: int | None) -> Loaded:
     cupy = gpu.cupy()
     start = time.perf_counter()
-    with cupy.cuda.Device(device):
+    with gpu.on(device):
         module = cupy.RawModule(
             code=flatten(kernel.source), options=options(sm), name_expressions=(kernel.name,)
         )

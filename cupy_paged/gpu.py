@@ -79,12 +79,33 @@ def device_of_pointer(pointer: int) -> int:
 
 
 _NOTHING = contextlib.nullcontext()
+_contexts: dict[int, int] = {}
+"""By device: its primary context, which CUDA's runtime and all frameworks share."""
 
 
 def on(device: int) -> contextlib.AbstractContextManager[Any]:
-    """Makes a device the current one, which takes next to no time where it already is."""
-    cuda = cupy().cuda
-    return _NOTHING if cuda.runtime.getDevice() == device else cuda.Device(device)
+    """Makes a device the current one, which takes next to no time where it already is.
+
+    Asks the driver, not the runtime: a library that sets contexts by itself, as JAX does, leaves
+    one current in its threads that the runtime may not know of.
+    """
+    if cupy().cuda.driver.ctxGetCurrent() == _contexts.get(device):
+        return _NOTHING
+    return _on(device)
+
+
+@contextlib.contextmanager
+def _on(device: int) -> Iterator[None]:
+    runtime, driver = cupy().cuda.runtime, cupy().cuda.driver
+    current, context = runtime.getDevice(), driver.ctxGetCurrent()
+    runtime.setDevice(device)
+    _contexts[device] = driver.ctxGetCurrent()
+    try:
+        yield
+    finally:
+        runtime.setDevice(current)
+        if context not in (0, driver.ctxGetCurrent()):
+            driver.ctxSetCurrent(context)
 
 
 # ---- streams, by pointer ----
@@ -141,7 +162,7 @@ def memory_nodes(device: int, stream: int, num_bytes: int) -> Iterator[int]:
 def zeros(device: int, num_bytes: int) -> Any:
     """Memory of a device, set to zero, as an object with `ptr` that owns it. Waits for that."""
     cuda = cupy().cuda
-    with cuda.Device(device), cuda.Stream(non_blocking=True) as stream:
+    with on(device), cuda.Stream(non_blocking=True) as stream:
         memory = cuda.Memory(num_bytes)
         cuda.runtime.memsetAsync(memory.ptr, 0, num_bytes, stream.ptr)
         stream.synchronize()
@@ -156,15 +177,17 @@ def clear(device: int, stream: int, pointer: int, num_bytes: int) -> None:
 
 def using(device: int, stream: int) -> contextlib.AbstractContextManager[Any]:
     """Makes a device and a stream the current ones of CuPy."""
-    cuda = cupy().cuda
-    if cuda.runtime.getDevice() == device and cuda.get_current_stream().ptr == stream:
+    here = on(device)
+    if here is _NOTHING and cupy().cuda.get_current_stream(device).ptr == stream:
         return _NOTHING
-    return _using(device, stream)
+    return _using(here, device, stream)
 
 
 @contextlib.contextmanager
-def _using(device: int, stream: int) -> Iterator[None]:
-    with cupy().cuda.Device(device):
+def _using(
+    here: contextlib.AbstractContextManager[Any], device: int, stream: int
+) -> Iterator[None]:
+    with here:
         if cupy().cuda.get_current_stream().ptr == stream:
             yield
         else:
@@ -182,7 +205,7 @@ class _Foreign(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def external_stream(stream: int, device: int) -> Any:
     """CuPy's object for a stream of a device that somebody else owns."""
-    with cupy().cuda.Device(device):
+    with on(device):
         return cupy().cuda.Stream.from_external(_Foreign(stream))
 
 

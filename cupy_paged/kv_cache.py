@@ -460,7 +460,7 @@ def _array_of(framework: str | None, device: Any) -> Any:
             f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"
         )
     if framework == "cupy":
-        with gpu.cupy().cuda.Device(device):
+        with gpu.on(device):
             return gpu.cupy().empty(0, np.float32)
     if framework == "torch":
         import torch

@@ -119,9 +119,6 @@ def queue(launches: Iterable[Launch], device: int, stream: int, params: Params) 
     # CuPy's Function takes arguments of all kinds, which costs more than the launch itself.
     cuda = gpu.cupy().cuda
     with gpu.on(device):
-        if not cuda.driver.ctxGetCurrent():
-            # A thread that only asked which device is its own has no context yet.
-            cuda.runtime.setDevice(device)
         for function, blocks, num_threads, shared_bytes in launches:
             cuda.driver.launchKernel(
                 function.ptr, blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream,

@@ -67,9 +67,8 @@ def free_memory(device: int) -> int:
     """Bytes that a CUDA device has free now. Raises where there is no CuPy, driver or device."""
     from cupy_paged import gpu
 
-    cupy = gpu.cupy()
-    with cupy.cuda.Device(device):
-        return cupy.cuda.runtime.memGetInfo()[0]
+    with gpu.on(device):
+        return gpu.cupy().cuda.runtime.memGetInfo()[0]
 
 
 def report(size: Size, max_len: int | None, where: str) -> str:

@@ -34,7 +34,7 @@ class Staging:
 
     def __init__(self, device: int, num_bytes: int) -> None:
         self._device = device
-        with gpu.cupy().cuda.Device(device):
+        with gpu.on(device):
             pinned = [gpu.cupy().cuda.alloc_pinned_memory(num_bytes) for _ in range(NUM_SLOTS)]
         self._memory = [np.frombuffer(memory, np.uint8, num_bytes) for memory in pinned]
         self._sent: list[Any] = [None] * NUM_SLOTS
@@ -58,7 +58,7 @@ class Staging:
             staged = memory[start : start + rows.nbytes].view(rows.dtype).reshape(rows.shape)
             staged[...] = rows
             width = rows.shape[1] * rows.itemsize
-            with gpu.cupy().cuda.Device(self._device):
+            with gpu.on(self._device):
                 runtime.memcpy2DAsync(
                     pointer, pitch, staged.ctypes.data, width, width, rows.shape[0],
                     _HOST_TO_DEVICE, stream,

@@ -117,6 +117,26 @@ def test_the_device_may_be_the_current_one_and_the_other_by_turns(arrays):
             assert current_devices() == {current}
 
 
+@pytest.mark.parametrize("arrays", WRITABLE, **by_name)
+def test_a_context_that_the_runtime_was_not_told_of(arrays):
+    driver, contexts = cupy.cuda.driver, []
+    for device in 0, 1:
+        cupy.cuda.runtime.setDevice(device)
+        contexts.append(driver.ctxGetCurrent())
+    problem = build(Case(seq_lens=(700, 17)))
+    home = next(other for other in frameworks.device(0) if other.name == arrays.name)
+    for on in arrays, home:
+        given = ops.arguments(problem, on)
+        for device, context in enumerate(contexts):
+            cupy.cuda.runtime.setDevice(0)
+            driver.ctxSetCurrent(context)
+            for _ in range(2):  # checked, then known again
+                out = cupy_paged.paged_attention(**given)
+                assert driver.ctxGetCurrent() == contexts[device]
+            cupy.cuda.runtime.setDevice(0)
+            compare.close(on.numpy(out), problem.expected[0], "float16")
+
+
 @pytest.mark.parametrize("name", ["key_cache", "value_cache", "block_tables", "seq_lens"])
 def test_an_array_on_another_device_is_named(arrays, name):
     problem = build(Case(seq_lens=(40, 17)))

@@ -13,6 +13,8 @@ import numpy as np
 BLOCKS_PER_SM, NUM_SMS = 2, 132
 APART = 2**32
 """Every piece of new memory has an address that is a multiple of this."""
+FIRST_CONTEXT = 5000
+"""The context of the first device; the others follow."""
 NEW_STREAM = 999
 """Every stream that is made here."""
 
@@ -114,6 +116,9 @@ class FakeCuPy:
         def set_device(device):
             fake.device, fake.has_context = device, True
 
+        def set_context(context):
+            fake.device = context - FIRST_CONTEXT
+
         def launch_kernel(function, gx, gy, gz, bx, by, bz, shared_bytes, stream, arguments, extra):
             assert fake.has_context, "no context in this thread"
             assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, 0)
@@ -147,7 +152,8 @@ class FakeCuPy:
                 ),
             ),
             driver=SimpleNamespace(
-                ctxGetCurrent=lambda: int(fake.has_context),
+                ctxGetCurrent=lambda: fake.has_context and FIRST_CONTEXT + fake.device,
+                ctxSetCurrent=set_context,
                 launchKernel=launch_kernel,
                 occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: BLOCKS_PER_SM,
             ),
