@@ -72,6 +72,8 @@ def our_calls(device: Any, arrays: Any) -> Functions:
     out = empty(device, arrays, "bfloat16", (NUM_SEQS, NUM_HEADS, HEAD_SIZE))
     prefix, suffix = (normal(NUM_SEQS, NUM_HEADS, HEAD_SIZE) for _ in range(2))
     prefix_lse, suffix_lse, output_lse = (zeros(np.float32, NUM_HEADS, NUM_SEQS) for _ in range(3))
+    new_key, new_value = (normal(NUM_SEQS, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
+    slots = arrays.array(np.arange(NUM_SEQS))
     caches, scale = (key, value), HEAD_SIZE**-0.5
     attend = cupy_paged.paged_attention
     return {
@@ -85,6 +87,9 @@ def our_calls(device: Any, arrays: Any) -> Functions:
         "v1": lambda: cupy_paged.paged_attention_v1(
             out, query, *caches, NUM_KV_HEADS, scale, table, seq_lens, BLOCK_SIZE, SEQ_LEN,
             None, "auto", 1.0, 1.0, layout=LAYOUT,
+        ),
+        "reshape_and_cache_flash": lambda: cupy_paged.reshape_and_cache_flash(
+            new_key, new_value, *caches, slots, "auto", 1.0, 1.0, layout=LAYOUT
         ),
         "merge_attn_states": lambda: cupy_paged.merge_attn_states(
             out, prefix, prefix_lse, suffix, suffix_lse, output_lse

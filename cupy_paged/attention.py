@@ -15,10 +15,11 @@ from cupy_paged.attention_checks import (
     check_partition_size,
     check_scratch,
 )
-from cupy_paged.attention_gpu import PreparedAttention, attend_again, attend_on_gpu
+from cupy_paged.attention_gpu import attend_on_gpu
 from cupy_paged.attention_host import attend_on_host
 from cupy_paged.attention_kernels import BY_LENGTH
-from cupy_paged.prepared import keep, likeness
+from cupy_paged.prepared import keep, repeat
+from cupy_paged.prepared_call import PreparedCall
 from cupy_paged.results import empty, hand_over
 
 
@@ -94,33 +95,31 @@ def paged_attention(
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention, arXiv:2309.06180.
     """
-    sparse = SparseArguments(
-        tp_rank,
-        blocksparse_local_blocks,
-        blocksparse_vert_stride,
-        blocksparse_block_size,
+    sparse = (
+        tp_rank, blocksparse_local_blocks, blocksparse_vert_stride, blocksparse_block_size,
         blocksparse_head_sliding_step,
-    )
-    seen = likeness(
-        ("paged_attention", scale, layout, kv_cache_dtype, max_seq_len, *sparse),
-        (
-            query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale,
-            out,
-        ),
     )  # fmt: skip
-    done = attend_again(seen, query, out, return_lse, stream)
-    if done is not None:
-        return done if return_lse else done[0]
+    settings = (
+        "paged_attention", scale, layout, kv_cache_dtype, max_seq_len, bool(return_lse), *sparse,
+    )  # fmt: skip
+    arrays = (
+        out, None, query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale,
+        v_scale,
+    )  # fmt: skip
+    made = repeat(query, settings, arrays, stream)
+    if made is not None:
+        result = made[0] if out is None else out
+        return (result, made[-1]) if return_lse else result
     call = check_call(
         query, key_cache, value_cache, block_tables, seq_lens, scale, layout, kv_cache_dtype,
-        k_scale, v_scale, alibi_slopes, max_seq_len, sparse, stream,
+        k_scale, v_scale, alibi_slopes, max_seq_len, SparseArguments(*sparse), stream,
     )  # fmt: skip
     if out is None:
         target = empty(call.query, "out", call.query.shape, call.query.dtype, call.stream)
     else:
         target = check_out(call, out)
     lse = empty(call.query, "lse", call.state_shape, "float32", call.stream) if return_lse else None
-    keep(seen, _attend(call, target, lse))
+    keep(query, settings, arrays, _attend(call, target, lse, makes_out=out is None))
     result = hand_over(target, call.stream) if out is None else out
     return (result, hand_over(lse, call.stream)) if lse is not None else result
 
@@ -158,32 +157,26 @@ def paged_attention_v1(
     Raises as `paged_attention` does.
     Source: vLLM's csrc/attention/paged_attention_v1.cu.
     """
-    sparse = SparseArguments(
-        tp_rank,
-        blocksparse_local_blocks,
-        blocksparse_vert_stride,
-        blocksparse_block_size,
+    sparse = (
+        tp_rank, blocksparse_local_blocks, blocksparse_vert_stride, blocksparse_block_size,
         blocksparse_head_sliding_step,
-    )
-    seen = likeness(
-        (
-            "paged_attention_v1", num_kv_heads, block_size, scale, layout, kv_cache_dtype,
-            max_seq_len, *sparse,
-        ),
-        (
-            query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale, v_scale,
-            out,
-        ),
     )  # fmt: skip
-    done = attend_again(seen, query, out, False, stream)
-    if done is not None:
+    settings = (
+        "paged_attention_v1", num_kv_heads, block_size, scale, layout, kv_cache_dtype, max_seq_len,
+        *sparse,
+    )  # fmt: skip
+    arrays = (
+        out, None, query, key_cache, value_cache, block_tables, seq_lens, alibi_slopes, k_scale,
+        v_scale,
+    )  # fmt: skip
+    if repeat(query, settings, arrays, stream) is not None:
         return
     call = check_call(
         query, key_cache, value_cache, block_tables, seq_lens, scale, layout, kv_cache_dtype,
-        k_scale, v_scale, alibi_slopes, max_seq_len, sparse, stream,
+        k_scale, v_scale, alibi_slopes, max_seq_len, SparseArguments(*sparse), stream,
     )  # fmt: skip
     check_named_sizes(call, num_kv_heads, block_size, max_seq_len)
-    keep(seen, _attend(call, check_out(call, out), None))
+    keep(query, settings, arrays, _attend(call, check_out(call, out), None))
 
 
 def paged_attention_v2(
@@ -253,18 +246,22 @@ def paged_attention_v2(
     num_partitions = scratch.exp_sums.shape[2]
     partition_size = check_partition_size(partition_size, num_partitions, max_seq_len)
     call = call._replace(capacity=min(call.capacity, num_partitions * partition_size))
-    _attend(call, target, None, scratch, partition_size)
+    _attend(call, target, None, scratch=scratch, partition_size=partition_size)
 
 
 def _attend(
     call: Call,
     out: Array,
     lse: Array | None,
+    *,
+    makes_out: bool = False,
     scratch: Scratch | None = None,
     partition_size: int = BY_LENGTH,
-) -> PreparedAttention | None:
+) -> PreparedCall | None:
     """Runs a checked call; returns what calls like it can use, if anything."""
     if call.query.shape[0] == 0:
         return None
-    backend = attend_on_host if call.query.device is HOST else attend_on_gpu
-    return backend(call, out, lse, scratch, partition_size)
+    if call.query.device is HOST:
+        attend_on_host(call, out, lse, scratch, partition_size)
+        return None
+    return attend_on_gpu(call, out, lse, makes_out, scratch, partition_size)

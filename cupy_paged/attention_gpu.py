@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-from cupy_paged import counters, gpu, in_flight
+from cupy_paged import gpu
 from cupy_paged.arrays import Array
 from cupy_paged.attention_checks import Call, Scratch
 from cupy_paged.attention_kernels import (
@@ -17,46 +13,18 @@ from cupy_paged.attention_kernels import (
     most_partitions,
 )
 from cupy_paged.dtypes import is_fp8
-from cupy_paged.launch import (
-    Launch,
-    ParamTemplate,
-    cache_strides,
-    prepare,
-    queue,
-    scale_fields,
-)
+from cupy_paged.launch import cache_strides, prepare, scale_fields
 from cupy_paged.masks import BlockSparse
-from cupy_paged.prepared import Likeness, find
-from cupy_paged.results import blank, pool_memory, scratch_memory
-from cupy_paged.streams import Ordering, current, pointer_of
+from cupy_paged.prepared_call import PreparedCall
 
-
-class PreparedAttention(NamedTuple):
-    """A checked call without its addresses and its stream."""
-
-    framework: str  # of the query
-    device: int
-    shape: tuple[int, int, int]  # of query and out
-    dtype: str
-    reads_scales: bool
-    launches: list[Launch]
-    params: ParamTemplate
-    num_counters: int
-    num_states: int  # partitions of all heads; 0 where none needs scratch of ours
-
-    @property
-    def scratch_bytes(self) -> int:
-        return 4 * self.num_states * (self.shape[2] + 2)
-
-    def states(self, scratch: int) -> tuple[int, int, int]:
-        """Addresses of tmp_out, exp_sums and max_logits in scratch memory."""
-        exp_sums = scratch + 4 * self.num_states * self.shape[2]
-        return scratch, exp_sums, exp_sums + 4 * self.num_states
+OUT, LSE, TMP_OUT, K_SCALE, V_SCALE = map(
+    PARAMS.pointers.index, ("out", "lse", "tmp_out", "k_scale_array", "v_scale_array")
+)
 
 
 def prepare_attention(
-    call: Call, out: Array, scratch: Scratch | None, partition_size: int
-) -> PreparedAttention:
+    call: Call, made: dict[int, Array], out: Array, scratch: Scratch | None, partition_size: int
+) -> PreparedCall:
     """The kernels of a call, loaded; raises RuntimeError where a capture forbids to load them."""
     query, cache = call.query, call.geometry
     num_seqs, num_heads, head_size = query.shape
@@ -117,105 +85,49 @@ def prepare_attention(
             "tp_rank": mask.tp_rank,
         }
     )
-    return PreparedAttention(
-        query.framework,
-        query.device,
-        query.shape,
-        query.dtype,
-        reads_scales,
+    unread = []
+    if not reads_scales:
+        scales = (K_SCALE, call.k_scale), (V_SCALE, call.v_scale)
+        unread = [place for place, scale in scales if isinstance(scale, Array)]
+    # Without the caller's scratch there are places for ours, whether or not it is needed.
+    num_states = 0 if direct else num_seqs * num_heads * max_partitions
+    tmp_out_bytes, state_bytes = 4 * num_states * head_size, 4 * num_states
+    return PreparedCall(
+        query,
         launches,
         PARAMS.template(fields),
-        WORK_COUNTERS + tiles,
-        0 if direct or scratch is not None else num_seqs * num_heads * max_partitions,
+        made=made,
+        unread=unread,
+        scratch_bytes=0 if scratch is not None else tmp_out_bytes + 2 * state_bytes,
+        scratch=() if scratch is not None else (0, tmp_out_bytes, tmp_out_bytes + state_bytes),
+        scratch_at=TMP_OUT,
+        num_counters=WORK_COUNTERS + tiles,
     )
 
 
 def attend_on_gpu(
-    call: Call, out: Array, lse: Array | None, scratch: Scratch | None, partition_size: int
-) -> PreparedAttention:
+    call: Call,
+    out: Array,
+    lse: Array | None,
+    makes_out: bool,
+    scratch: Scratch | None,
+    partition_size: int,
+) -> PreparedCall:
     """Queues a checked call, into arrays of the caller's device.
 
+    makes_out         whether out was made for the caller, as lse always is
     partition_size    of the caller's scratch; else BY_LENGTH, each sequence's own length decides
 
     Returns what serves other calls like this one.
     """
-    query, stream = call.query, call.stream
-    prepared = prepare_attention(call, out, scratch, partition_size)
-    written = [a for a in (out, lse, *(scratch or ())) if a is not None]
-    ordering = Ordering(stream, query.device, query.framework, [*call.arrays, *written])
-    ordering.before()
-    given = (*call[:5], call.alibi_slopes, call.k_scale, call.v_scale, out)
-    pointers = [a.pointer if isinstance(a, Array) else 0 for a in given]
-    lse_pointer = 0 if lse is None else lse.pointer
-    memory = contextlib.nullcontext(0)
-    if prepared.num_states:
-        memory = scratch_memory(query, prepared.scratch_bytes, stream)
-    with (
-        memory as address,
-        counters.counters(query.device, stream, prepared.num_counters) as work,
-    ):
-        if scratch is not None:
-            states = scratch.tmp_out.pointer, scratch.exp_sums.pointer, scratch.max_logits.pointer
-        else:
-            states = prepared.states(address)
-        _queue(prepared, stream, pointers, lse_pointer, states, work)
-    ordering.after()
-    return prepared
-
-
-def attend_again(
-    seen: Likeness | None, query: Any, out: Any, return_lse: bool, stream: Any
-) -> tuple[Any, Any] | None:
-    """Queues a call if one like it was queued before, without checking it again.
-
-    seen    with the pointers of query, key_cache, value_cache, block_tables, seq_lens,
-            alibi_slopes, k_scale, v_scale and out
-
-    Returns (out, lse), lse None unless asked for. Returns None, and has done nothing, for a call
-    unlike all others, and while the stream is being captured: a graph needs memory of its own.
-    """
-    prepared = find(seen)
-    if prepared is None:
-        return None
-    pointers = seen.pointers
-    framework, device, shape, dtype, *_ = prepared
-    stream = current(framework, device) if stream is None else pointer_of(stream)
-    with gpu.on(device):
-        if gpu.is_capturing(device, stream):
-            return None
-        lse, lse_pointer = None, 0
-        if out is None:
-            out = blank(framework, device, query, shape, dtype, stream)
-            pointers[-1] = _pointer(framework, out)
-        if return_lse:
-            lse = blank(framework, device, query, shape[:2], "float32", stream)
-            lse_pointer = _pointer(framework, lse)
-        address = memory = 0
-        if prepared.num_states:
-            address, memory = pool_memory(framework, device, query, prepared.scratch_bytes, stream)
-        work = counters.of_stream(device, stream, prepared.num_counters)
-        _queue(prepared, stream, pointers, lse_pointer, prepared.states(address), work)
-        del memory  # not before
-        in_flight.release_finished(device, stream)
-    return out, lse
-
-
-def _pointer(framework: str, x: Any) -> int:
-    return x.data_ptr() if framework == "torch" else x.data.ptr
-
-
-def _queue(
-    prepared: PreparedAttention,
-    stream: int,
-    pointers: Sequence[int],
-    lse: int,
-    states: tuple[int, int, int],
-    work: int,
-) -> None:
-    *inputs, k_scale, v_scale, out = pointers
-    if not prepared.reads_scales:
-        k_scale = v_scale = 0
+    made = {}
+    if makes_out:
+        made[OUT] = out
+    if lse is not None:
+        made[LSE] = lse
+    prepared = prepare_attention(call, made, out, scratch, partition_size)
+    states = () if scratch is None else (scratch.tmp_out, scratch.exp_sums, scratch.max_logits)
     # In the order of PARAMS.
-    params = prepared.params.filled(out, lse, *states, *inputs, k_scale, v_scale, work)
-    queue(prepared.launches, prepared.device, stream, params)
-    prepared.params.give_back(params)
+    given = (out, lse, *states, *call[:5], call.alibi_slopes, call.k_scale, call.v_scale)
+    prepared.first(call.query, given, call.stream)
+    return prepared

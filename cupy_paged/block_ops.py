@@ -14,7 +14,7 @@ from cupy_paged.compiler import Kernel, template
 from cupy_paged.dtypes import itemsize
 from cupy_paged.launch import ParamStruct, launch
 from cupy_paged.layouts import geometry
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.streams import launch_stream, ordered
 
 NUM_THREADS = 256
 MAX_POOLS, MAX_PAIRS = 160, 80  # of one launch, as in kernels/copy_blocks.cu
@@ -160,20 +160,17 @@ def _copy_on_gpu(
             | dict(zip(_PAIR_FIELDS, some.ravel().tolist(), strict=False))
             for some in (pairs[i : i + MAX_PAIRS] for i in range(0, len(pairs), MAX_PAIRS))
         ]
-    ordering = Ordering(
-        stream, first.device, first.framework, caches if pairs is not None else [*caches, mapping]
-    )
-    ordering.before()
-    for start in range(0, len(caches), MAX_POOLS):
-        pools = caches[start : start + MAX_POOLS]
-        places = [n for a in pools for n in (a.pointer, a.strides[0] * itemsize(a.dtype))]
-        common |= dict.fromkeys(_POOL_FIELDS + _PAIR_FIELDS, 0)
-        common |= dict(zip(_POOL_FIELDS, places, strict=False)) | {"num_pools": len(pools)}
-        for group in groups:
-            units = group["num_pairs"] * len(pools) * units_of_block
-            work = min(-(-units // (NUM_THREADS // 32)), _MAX_GRID)
-            launch(kernel, first.device, stream, work, COPY_PARAMS.pack(common | group))
-    ordering.after()
+    arrays = caches if pairs is not None else [*caches, mapping]
+    with ordered(stream, first.device, first.framework, arrays):
+        for start in range(0, len(caches), MAX_POOLS):
+            pools = caches[start : start + MAX_POOLS]
+            places = [n for a in pools for n in (a.pointer, a.strides[0] * itemsize(a.dtype))]
+            common |= dict.fromkeys(_POOL_FIELDS + _PAIR_FIELDS, 0)
+            common |= dict(zip(_POOL_FIELDS, places, strict=False)) | {"num_pools": len(pools)}
+            for group in groups:
+                units = group["num_pairs"] * len(pools) * units_of_block
+                work = min(-(-units // (NUM_THREADS // 32)), _MAX_GRID)
+                launch(kernel, first.device, stream, work, COPY_PARAMS.pack(common | group))
 
 
 def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -251,10 +248,8 @@ def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: An
             )
     if block_bytes == 0 or not len(pairs):
         return
-    ordering = Ordering(on, leader.device, leader.framework, [start, end])
-    ordering.before()
-    _copy_runs(start, end, runs(pairs), block_bytes, leader.device, on)
-    ordering.after()
+    with ordered(on, leader.device, leader.framework, [start, end]):
+        _copy_runs(start, end, runs(pairs), block_bytes, leader.device, on)
     if hosts and not gpu.is_capturing(leader.device, on):
         in_flight.keep(leader.device, on, [a.owner for a in hosts])
 

@@ -20,9 +20,11 @@ from cupy_paged.dtypes import (
     itemsize,
     kv_cache_dtype_name,
 )
-from cupy_paged.launch import ParamStruct, cache_strides, launch, scale_fields
+from cupy_paged.launch import ParamStruct, cache_strides, prepare, scale_fields
 from cupy_paged.layouts import CacheGeometry, geometry
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.prepared import keep, repeat
+from cupy_paged.prepared_call import PreparedCall
+from cupy_paged.streams import launch_stream
 
 NUM_THREADS = 128
 
@@ -159,6 +161,10 @@ def _reshape_and_cache(
     layout: str,
     stream: Any,
 ) -> None:
+    settings = ("reshape_and_cache", kv_cache_dtype, layout)
+    arrays = key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale
+    if repeat(key, settings, arrays, stream) is not None:
+        return
     on = launch_stream(key, stream)
     key, value = array(key, "key", on), array(value, "value", on)
     caches = array(key_cache, "key_cache", on), array(value_cache, "value_cache", on)
@@ -199,7 +205,8 @@ def _reshape_and_cache(
     if slots.shape[0] == 0:
         return
     if key.device is not HOST:
-        _write_on_gpu(key, value, *caches, slots, cache, cache_dtype, *scales, on)
+        prepared = _write_on_gpu(key, value, *caches, slots, cache, cache_dtype, *scales, on)
+        keep(arrays[0], settings, arrays, prepared)
         return
     reference.reshape_and_cache(
         key.bits,
@@ -225,7 +232,7 @@ def _write_on_gpu(
     k_scale: float | Array,
     v_scale: float | Array,
     stream: int,
-) -> None:
+) -> PreparedCall:
     def width(source: Array, cache_alignment: int) -> int:
         elements = source.alignment(range(2), cache.head_size) // itemsize(source.dtype)
         return math.gcd(elements, cache_alignment // itemsize(cache_dtype), cache.head_size)
@@ -241,17 +248,12 @@ def _write_on_gpu(
         width(key, cache.key_alignment),
         width(value, value_alignment),
     )
-    params = WRITE_PARAMS.pack(
+    params = WRITE_PARAMS.template(
         cache_strides("key_strides", cache.key_strides)
         | cache_strides("value_strides", cache.value_strides)
         | scale_fields("k_scale", k_scale)
         | scale_fields("v_scale", v_scale)
         | {
-            "key": key.pointer,
-            "value": value.pointer,
-            "key_cache": key_cache.pointer,
-            "value_cache": value_cache.pointer,
-            "slot_mapping": slots.pointer,
             "key_stride_token": key.strides[0],
             "key_stride_head": key.strides[1],
             "value_stride_token": value.strides[0],
@@ -260,12 +262,11 @@ def _write_on_gpu(
             "num_kv_heads": cache.num_kv_heads,
         }
     )
+    prepared = PreparedCall(key, [prepare(kernel, key.device, stream, slots.shape[0])], params)
+    # In the order of WRITE_PARAMS.
     given = (key, value, key_cache, value_cache, slots, k_scale, v_scale)
-    arrays = [a for a in given if isinstance(a, Array)]
-    ordering = Ordering(stream, key.device, key.framework, arrays)
-    ordering.before()
-    launch(kernel, key.device, stream, slots.shape[0], params)
-    ordering.after()
+    prepared.first(key, given, stream)
+    return prepared
 
 
 @functools.lru_cache(maxsize=64)
@@ -298,6 +299,9 @@ def convert_fp8(
     Raises ValueError or TypeError, before anything is written, for arguments that do not fit.
     Source: vLLM's csrc/cache_kernels.cu.
     """
+    settings, arrays = ("convert_fp8", kv_dtype), (output, input, scale)
+    if repeat(input, settings, arrays, stream) is not None:
+        return
     on = launch_stream(input, stream)
     source, target = array(input, "input", on), array(output, "output", on)
     scale = checks.scale(scale, "scale", on)
@@ -324,14 +328,12 @@ def convert_fp8(
         target.bits[...] = encode(values, dtype["output"])
         return
     num_elements = math.prod(source.shape)
-    params = CONVERT_PARAMS.pack(
-        scale_fields("scale", scale)
-        | {"output": target.pointer, "input": source.pointer, "num_elements": num_elements}
-    )
-    arrays = [a for a in (source, target, scale) if isinstance(a, Array)]
-    ordering = Ordering(on, source.device, source.framework, arrays)
-    ordering.before()
     kernel = convert_kernel(dtype["input"], dtype["output"])
     work = -(-num_elements // NUM_THREADS)
-    launch(kernel, source.device, on, work, params, resident=True)
-    ordering.after()
+    prepared = PreparedCall(
+        source,
+        [prepare(kernel, source.device, on, work, resident=True)],
+        CONVERT_PARAMS.template(scale_fields("scale", scale) | {"num_elements": num_elements}),
+    )
+    prepared.first(source, (target, source, scale), on)  # in the order of CONVERT_PARAMS
+    keep(input, settings, arrays, prepared)

@@ -47,8 +47,12 @@ class DeviceLimits(NamedTuple):
     num_multiprocessors: int
 
 
+@functools.cache
 def emulated_sm() -> int | None:
-    """The older chip whose code is to run, from CUPY_PAGED_EMULATE_SM; a means of testing."""
+    """The older chip whose code is to run, from CUPY_PAGED_EMULATE_SM; a means of testing.
+
+    Read once, because every call asks.
+    """
     value = os.environ.get("CUPY_PAGED_EMULATE_SM")
     return int(value) if value else None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cupy_paged import gpu
@@ -34,19 +35,17 @@ class ParamTemplate:
         self._packed, self._pointers = packed, pointers
         self._idle: list[Params] = []
 
-    def filled(self, *pointers: int) -> Params:
-        """The struct with all its pointers, in order; nobody else's until it is given back."""
+    def queue(self, launches: Iterable[Launch], stream: int, pointers: Iterable[int]) -> None:
+        """Queues kernels of the current device with all the pointers, in order."""
         try:
             # One step for all threads, and for whatever interrupts this one.
             params = self._idle.pop()
         except IndexError:
             params = Params(self._packed)
         self._pointers.pack_into(params.memory, _ADDRESS.size, *pointers)
-        return params
-
-    def give_back(self, params: Params) -> None:
-        """Takes a struct back after its launch, which has copied it."""
-        self._idle.append(params)
+        for _, start in launches:
+            start(stream, params.address, 0)
+        self._idle.append(params)  # a launch has copied them
 
 
 class ParamStruct:
@@ -98,10 +97,8 @@ def cache_strides(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
 class Launch(NamedTuple):
     """A kernel of one device, and how many thread blocks of it."""
 
-    function: Any  # cupy.cuda.Function
-    blocks: int
-    num_threads: int
-    shared_bytes: int
+    function: Any  # cupy.cuda.Function, which keeps the kernel loaded
+    start: Callable[[int, int, int], None]  # on a stream, with an address of parameters, and 0
 
 
 def prepare(kernel: Kernel, device: int, stream: int, work: int, resident: bool = False) -> Launch:
@@ -110,24 +107,19 @@ def prepare(kernel: Kernel, device: int, stream: int, work: int, resident: bool 
     resident    the kernel takes any grid: no more thread blocks than the device holds at once
     """
     loaded = load(kernel, device, stream)
-    blocks = min(work, loaded.max_blocks) if resident else work
-    return Launch(loaded.function, max(blocks, 1), kernel.num_threads, kernel.shared_bytes)
-
-
-def queue(launches: Iterable[Launch], device: int, stream: int, params: Params) -> None:
-    """Queues kernels on a stream of a device, one after the other."""
+    blocks = max(min(work, loaded.max_blocks) if resident else work, 1)
     # CuPy's Function takes arguments of all kinds, which costs more than the launch itself.
-    cuda = gpu.cupy().cuda
-    with gpu.on(device):
-        for function, blocks, num_threads, shared_bytes in launches:
-            cuda.driver.launchKernel(
-                function.ptr, blocks, 1, 1, num_threads, 1, 1, shared_bytes, stream,
-                params.address, 0,
-            )  # fmt: skip
+    start = functools.partial(
+        gpu.cupy().cuda.driver.launchKernel,
+        loaded.function.ptr, blocks, 1, 1, kernel.num_threads, 1, 1, kernel.shared_bytes,
+    )  # fmt: skip
+    return Launch(loaded.function, start)
 
 
 def launch(
     kernel: Kernel, device: int, stream: int, work: int, params: Params, resident: bool = False
 ) -> None:
     """Queues a kernel on a stream; the arguments are those of `prepare`."""
-    queue([prepare(kernel, device, stream, work, resident)], device, stream, params)
+    _, start = prepare(kernel, device, stream, work, resident)
+    with gpu.on(device):
+        start(stream, params.address, 0)

@@ -12,7 +12,7 @@ from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, FP8, itemsize, kv_cache_dtype_name
 from cupy_paged.launch import ParamStruct, cache_strides, launch, scale_fields
 from cupy_paged.layouts import LAYOUTS, CacheGeometry, geometry
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.streams import launch_stream, ordered
 
 NUM_THREADS = 128
 TILE_TOKENS = 16  # as in kernels/gather_cache.cu
@@ -283,11 +283,9 @@ def _gather_on_gpu(
     )
     given = (key, value, key_cache, value_cache, tables, ends, starts, k_scale, v_scale)
     arrays = [a for a in given if isinstance(a, Array)]
-    ordering = Ordering(stream, key.device, key.framework, arrays)
-    ordering.before()
     work = -(-key.shape[0] // TILE_TOKENS) * -(-cache.num_kv_heads // heads) * 2
-    launch(kernel, key.device, stream, work, params)
-    ordering.after()
+    with ordered(stream, key.device, key.framework, arrays):
+        launch(kernel, key.device, stream, work, params)
 
 
 def convert_layout(
@@ -365,12 +363,10 @@ def convert_layout(
         | {name: a.pointer for name, a in zip(names, (*old, *new), strict=True)}
         | {"num_kv_heads": cache.num_kv_heads, "heads_of_block": heads}
     )
-    ordering = Ordering(on, old[0].device, old[0].framework, [*old, *new])
-    ordering.before()
     tiles = cache.num_blocks * -(-cache.block_size // TILE_TOKENS)
     work = tiles * -(-cache.num_kv_heads // heads) * 2
-    launch(kernel, old[0].device, on, work, params)
-    ordering.after()
+    with ordered(on, old[0].device, old[0].framework, [*old, *new]):
+        launch(kernel, old[0].device, on, work, params)
 
 
 def _layout_kernel(cache: CacheGeometry, target: CacheGeometry, size: int) -> Kernel:

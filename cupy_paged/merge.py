@@ -12,9 +12,11 @@ from cupy_paged import checks, reference
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, decode, encode, itemsize
-from cupy_paged.launch import ParamStruct, launch, scale_fields
+from cupy_paged.launch import ParamStruct, prepare, scale_fields
+from cupy_paged.prepared import keep, repeat
+from cupy_paged.prepared_call import PreparedCall
 from cupy_paged.results import empty, hand_over
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.streams import launch_stream
 
 NUM_THREADS = 128
 ROWS_AT_ONCE = 2  # that a thread has in flight
@@ -37,6 +39,8 @@ PARAMS = ParamStruct(
     float    output_scale
     """,
 )
+
+OUTPUT, OUTPUT_LSE = map(PARAMS.pointers.index, ("output", "output_lse"))
 
 
 @functools.lru_cache(maxsize=256)
@@ -89,6 +93,13 @@ def merge_attn_states(
     Raises ValueError or TypeError, before anything runs, for arguments that do not fit.
     Source: vLLM's csrc/attention/merge_attn_states.cu; Ye et al., FlashInfer, arXiv:2501.01005.
     """
+    settings = ("merge_attn_states", prefill_tokens_with_context)
+    arrays = (
+        output, prefix_output, suffix_output, prefix_lse, suffix_lse, output_lse, output_scale,
+    )  # fmt: skip
+    made = repeat(prefix_output, settings, arrays, stream)
+    if made is not None:
+        return tuple(made) if output is None else None
     on = launch_stream(prefix_output, stream)
     prefix = array(prefix_output, "prefix_output", on)
     suffix = array(suffix_output, "suffix_output", on)
@@ -138,8 +149,12 @@ def merge_attn_states(
     target = target._replace(dtype=dtype)  # uint8 holds the same bits
 
     if math.prod(prefix.shape):
-        backend = _merge_on_host if prefix.device is HOST else _merge_on_gpu
-        backend(target, target_lse, prefix, suffix, *lses, merged_tokens, scale, on)
+        checked = (target, target_lse, prefix, suffix, *lses, merged_tokens, scale)
+        if prefix.device is HOST:
+            _merge_on_host(*checked)
+        else:
+            prepared = _merge_on_gpu(*checked, output is None, on)
+            keep(prefix_output, settings, arrays, prepared)
     if output is None:
         return hand_over(target, on), hand_over(target_lse, on)
     return None
@@ -168,7 +183,6 @@ def _merge_on_host(
     suffix_lse: Array,
     merged_tokens: int,
     scale: float | Array | None,
-    stream: int,
 ) -> None:
     merged, lse = reference.merge_attn_states(
         decode(prefix.bits, prefix.dtype),
@@ -193,8 +207,9 @@ def _merge_on_gpu(
     suffix_lse: Array,
     merged_tokens: int,
     scale: float | Array | None,
+    makes_output: bool,
     stream: int,
-) -> None:
+) -> PreparedCall:
     num_tokens, num_heads, head_size = prefix.shape
     # Output rows may be read in pieces as small as their own elements allow.
     output_width = output.alignment(range(2), head_size) // itemsize(output.dtype)
@@ -206,6 +221,9 @@ def _merge_on_gpu(
     width = math.gcd(alignment // itemsize(prefix.dtype), head_size)
     kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width)
 
+    rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
+    work = -(-num_tokens * num_heads // rows_per_block)
+
     strides = {}
     for name, a in (("output", output), ("prefix", prefix), ("suffix", suffix)):
         strides[f"{name}_stride_token"], strides[f"{name}_stride_head"] = a.strides[:2]
@@ -215,26 +233,22 @@ def _merge_on_gpu(
         ("output_lse", output_lse or prefix_lse),
     ):
         strides[f"{name}_stride_head"], strides[f"{name}_stride_token"] = a.strides
-    params = PARAMS.pack(
+    params = PARAMS.template(
         strides
         | scale_fields("output_scale", 1.0 if scale is None else scale)
         | {
-            "output": output.pointer,
-            "prefix_output": prefix.pointer,
-            "suffix_output": suffix.pointer,
-            "prefix_lse": prefix_lse.pointer,
-            "suffix_lse": suffix_lse.pointer,
-            "output_lse": 0 if output_lse is None else output_lse.pointer,
             "num_tokens": num_tokens,
             "num_merged_tokens": merged_tokens,
             "num_heads": num_heads,
         }
     )
-    given = (output, output_lse, prefix, suffix, prefix_lse, suffix_lse, scale)
-    arrays = [a for a in given if isinstance(a, Array)]
-    ordering = Ordering(stream, prefix.device, prefix.framework, arrays)
-    ordering.before()
-    rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
-    work = -(-num_tokens * num_heads // rows_per_block)
-    launch(kernel, prefix.device, stream, work, params, resident=True)
-    ordering.after()
+    prepared = PreparedCall(
+        prefix,
+        [prepare(kernel, prefix.device, stream, work, resident=True)],
+        params,
+        made={OUTPUT: output, OUTPUT_LSE: output_lse} if makes_output else {},
+    )
+    # In the order of PARAMS.
+    given = (output, prefix, suffix, prefix_lse, suffix_lse, output_lse, scale)
+    prepared.first(prefix, given, stream)
+    return prepared

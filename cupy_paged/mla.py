@@ -11,7 +11,7 @@ from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, itemsize, kv_cache_dtype_name
 from cupy_paged.launch import ParamStruct, launch, scale_fields
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.streams import launch_stream, ordered
 
 NUM_THREADS = 128
 
@@ -148,8 +148,6 @@ def concat_and_cache_mla(
             "pe_dim": pe_dim,
         }
     )
-    ordering = Ordering(on, latent.device, latent.framework, given)
-    ordering.before()
     kernel = concat_kernel(latent.dtype, cache_dtype, width)
-    launch(kernel, latent.device, on, slots.shape[0], params)
-    ordering.after()
+    with ordered(on, latent.device, latent.framework, given):
+        launch(kernel, latent.device, on, slots.shape[0], params)

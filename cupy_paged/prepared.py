@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cupy_paged import gpu
+from cupy_paged.prepared_call import PreparedCall
 
 MOST = 1024  # prepared calls; some KB each
 WIDEST_ACCESS = 16  # bytes: what no alignment beyond can matter to
@@ -23,86 +24,118 @@ WIDEST_ACCESS = 16  # bytes: what no alignment beyond can matter to
 # Types whose values never change and have the same meaning wherever they are equal.
 _PLAIN = {type(None), bool, int, float, str, np.int32, np.int64, np.float32, np.float64}
 
-_calls: dict[tuple[Any, ...], Any] = {}
+
+class _Kept:
+    """Prepared calls by their likeness, and the last one of each op with its own."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[Any, ...], PreparedCall] = {}
+        self.last: dict[str, tuple[list[Any], PreparedCall]] = {}
 
 
-class Likeness(NamedTuple):
-    """What tells a call from others, and what does not."""
+# Whoever reads meanwhile finds a call or does not, and a lost one is prepared again: no lock.
+_kept = _Kept()
 
-    key: tuple[Any, ...]
-    settings: tuple[Any, ...]
-    pointers: list[int]  # of the arguments that may be arrays; 0 for those that are none
+_NO_CALL = None, None
 
 
-def likeness(settings: tuple[Any, ...], arrays: tuple[Any, ...]) -> Likeness | None:
-    """The likeness of a call, from the arguments that are no arrays, and those that may be.
+def repeat(
+    leader: Any, settings: tuple[Any, ...], arrays: tuple[Any, ...], stream: Any
+) -> list[Any] | None:
+    """Queues a call if one like it was kept, without checking it again.
 
-    The first of `arrays` leads. None where the others are arrays of another type, or anything
-    cannot be read: checks know what to say about that.
+    leader      the array whose framework runs the call
+    settings    the arguments that are no arrays, after the name of the op
+    arrays      those that may be, in the order of their pointers in the parameters; None where
+                the call is to put a pointer of its own
+
+    Returns the arrays that the call has made. Returns None, and has done nothing, for a call unlike
+    all others, and while the stream is being captured.
     """
-    kind = type(arrays[0])
-    describe = _describer(kind)
-    if describe is None:
-        return None
-    pointers = []
     try:
-        # Types belong to the key, because True == 1 == 1.0, which are not the same to a check.
-        key = [kind, gpu.emulated_sm(), settings, *map(type, settings)]
-        for x in arrays:
-            if type(x) is kind:
-                pointer, facts = describe(x)
-                pointers.append(pointer)
-                key.append(facts)
-            elif type(x) in _PLAIN:
-                pointers.append(0)
-                key += (type(x), x)
-            else:
+        key, pointers = _likeness(leader, settings, arrays)
+        # The layers of a model call alike, and to compare takes half as long as to hash, too.
+        last_key, call = _kept.last.get(settings[0], _NO_CALL)
+        if key != last_key:
+            call = _kept.calls.get(tuple(key))
+            if call is None:
                 return None
-    except Exception:
+            _kept.last[settings[0]] = key, call
+    except Exception:  # whatever cannot be read or hashed: checks know what to say about it
         return None
-    return Likeness(tuple(key), settings, pointers)
+    return call.again(pointers, stream)
 
 
-def find(seen: Likeness | None) -> Any:
-    """What was kept for a call like this one; None if nothing was."""
-    try:
-        return None if seen is None else _calls.get(seen.key)
-    except TypeError:  # an argument that cannot be hashed
-        return None
-
-
-def keep(seen: Likeness | None, prepared: Any) -> None:
+def keep(
+    leader: Any, settings: tuple[Any, ...], arrays: tuple[Any, ...], call: PreparedCall | None
+) -> None:
     """Keeps what serves all calls like this one, which has been checked; None serves none."""
-    if seen is None or prepared is None:
+    others = [x for x in arrays if type(x) is not type(leader)]
+    if call is None or not _PLAIN.issuperset(map(type, (*settings, *others))):
         return
-    if not _PLAIN.issuperset(map(type, seen.settings)):
+    try:
+        key, _ = _likeness(leader, settings, arrays)
+    except Exception:
         return
-    # Whoever reads meanwhile finds a call or does not, and a lost one is prepared again: no lock.
-    if len(_calls) >= MOST:
-        _calls.clear()
-    _calls[seen.key] = prepared
+    if len(_kept.calls) >= MOST:
+        _kept.calls.clear()
+    _kept.calls[tuple(key)] = call
 
 
-Describer = Callable[[Any], tuple[int, tuple[Any, ...]]]
-"""An array -> its address, and all else that anybody looks at."""
+def _likeness(
+    leader: Any, settings: tuple[Any, ...], arrays: tuple[Any, ...]
+) -> tuple[list[Any], list[int]]:
+    """What tells a call from others, and its pointers; raises for calls that have no likeness."""
+    kind = type(leader)
+    # Types come first, because True == 1 == 1.0, which are not the same to a check.
+    key = [*map(type, arrays), *map(type, settings), gpu.emulated_sm(), *settings]
+    pointers, bits = _describer(kind)(kind, arrays, key)
+    if bits % WIDEST_ACCESS:
+        key += [pointer % WIDEST_ACCESS for pointer in pointers]
+    return key, pointers
+
+
+Describer = Callable[[type, tuple[Any, ...], list[Any]], tuple[list[int], int]]
+"""Adds to a key what anybody looks at but addresses; returns those, and which bits they have.
+
+To call something for every array would take as long as this does.
+"""
 
 
 @functools.cache
-def _describer(kind: type) -> Describer | None:
+def _describer(kind: type) -> Describer:
     # A subclass may mean something else by what is read here.
     if kind is getattr(sys.modules.get("cupy"), "ndarray", None):
         return _describe_cupy
     if kind is getattr(sys.modules.get("torch"), "Tensor", None):
         return _describe_torch
-    return None
+    raise TypeError
 
 
-def _describe_cupy(x: Any) -> tuple[int, tuple[Any, ...]]:
-    memory = x.data
-    pointer = memory.ptr
-    return pointer, (x.dtype, x.shape, x.strides, memory.device_id, pointer % WIDEST_ACCESS)
+def _describe_cupy(kind: type, arrays: tuple[Any, ...], key: list[Any]) -> tuple[list[int], int]:
+    pointers, bits = [], 0
+    for x in arrays:
+        if type(x) is kind:
+            memory = x.data
+            pointer = memory.ptr
+            bits |= pointer
+            key += x.dtype, x.shape, x.strides, memory.device_id
+            pointers.append(pointer)
+        else:
+            key.append(x)
+            pointers.append(0)
+    return pointers, bits
 
 
-def _describe_torch(x: Any) -> tuple[int, tuple[Any, ...]]:
-    pointer = x.data_ptr()
-    return pointer, (x.dtype, x.shape, x.stride(), x.device, pointer % WIDEST_ACCESS)
+def _describe_torch(kind: type, arrays: tuple[Any, ...], key: list[Any]) -> tuple[list[int], int]:
+    pointers, bits = [], 0
+    for x in arrays:
+        if type(x) is kind:
+            pointer = x.data_ptr()
+            bits |= pointer
+            key += x.dtype, x.shape, x.stride(), x.device
+            pointers.append(pointer)
+        else:
+            key.append(x)
+            pointers.append(0)
+    return pointers, bits

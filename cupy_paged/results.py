@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,27 +22,82 @@ def empty(leader: Array, name: str, shape: tuple[int, ...], dtype: str, stream: 
     JAX and unknown producers cannot be written to: they get NumPy or CuPy memory until then.
     """
     framework, device = leader.framework, leader.device
-    made = blank(framework, device, leader.owner, shape, dtype, stream)
+    if device is HOST and framework != "torch":
+        made = np.empty(shape, _numpy_dtype(dtype))
+    else:
+        with working_on(framework, device, stream):
+            _, made = array_maker(framework, leader.owner, shape, dtype)()
     return array(made, name, stream)._replace(framework=framework)
 
 
-def blank(
-    framework: str,
-    device: int | None,
-    beside: Any,
-    shape: tuple[int, ...],
-    dtype: str,
-    stream: int,
-) -> Any:
-    """What `empty` makes, as it is: beside an array of that framework on that device."""
+Maker = Callable[[], tuple[int, Any]]
+"""Makes memory for the framework's current stream: its address, and what owns it."""
+
+
+def array_maker(framework: str, beside: Any, shape: tuple[int, ...], dtype: str) -> Maker:
+    """Makes torch's or CuPy's uninitialised arrays of this shape, where `beside` is."""
     if framework == "torch":
         torch = sys.modules["torch"]
-        with torch_stream(device, stream):
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=beside.device)
-    if device is HOST:
-        return np.empty(shape, _numpy_dtype(dtype))
-    with gpu.using(device, stream):
-        return gpu.cupy().empty(shape, _numpy_dtype(dtype))
+        empty = functools.partial(
+            torch.empty, *shape, dtype=getattr(torch, dtype), device=beside.device
+        )
+
+        def make() -> tuple[int, Any]:
+            made = empty()
+            return made.data_ptr(), made
+    else:
+        ndarray, dtype = gpu.cupy().ndarray, _numpy_dtype(dtype)
+
+        def make() -> tuple[int, Any]:
+            made = ndarray(shape, dtype)
+            return made.data.ptr, made
+
+    return make
+
+
+class _Lent:
+    """Memory of torch's pool without a tensor around it."""
+
+    __slots__ = ("address", "give_back")
+
+    def __init__(self, address: int, give_back: Callable[[int], None]) -> None:
+        self.address, self.give_back = address, give_back
+
+    def __del__(self) -> None:
+        self.give_back(self.address)
+
+
+def scratch_maker(framework: str, device: int, beside: Any, num_bytes: int) -> Maker:
+    """Lends memory of a framework's pool until its owner goes.
+
+    Only for a stream that is not being captured, while the device is the current one.
+    """
+    if framework == "torch":
+        make_tensor = array_maker(framework, beside, (num_bytes,), "uint8")
+        torch = sys.modules["torch"]
+        torch.cuda.init()  # an array that torch only borrowed may be all it knows of CUDA
+        # As torch.cuda.caching_allocator_alloc, which sets the device first, for longer than that.
+        current_device, current_stream = (
+            torch._C._cuda_getDevice,
+            torch._C._cuda_getCurrentRawStream,
+        )
+        alloc = torch._C._cuda_cudaCachingAllocator_raw_alloc
+        delete = torch._C._cuda_cudaCachingAllocator_raw_delete
+
+        def lend() -> tuple[int, Any]:
+            if current_device() != device:  # torch may remember another one than CUDA does
+                return make_tensor()
+            address = alloc(num_bytes, current_stream(device))
+            return address, _Lent(address, delete)
+
+        return lend
+    alloc = gpu.cupy().cuda.alloc
+
+    def lend() -> tuple[int, Any]:
+        memory = alloc(num_bytes)
+        return memory.ptr, memory
+
+    return lend
 
 
 def hand_over(made: Array, stream: int) -> Any:
@@ -69,33 +125,25 @@ def scratch_memory(leader: Array, num_bytes: int, stream: int) -> Iterator[int]:
         with gpu.memory_nodes(leader.device, stream, num_bytes) as pointer:
             yield pointer
     else:
-        pointer, memory = pool_memory(
-            leader.framework, leader.device, leader.owner, num_bytes, stream
-        )
+        framework, device = leader.framework, leader.device
+        with gpu.on(device), working_on(framework, device, stream):
+            pointer, memory = scratch_maker(framework, device, leader.owner, num_bytes)()
         yield pointer
         del memory  # not before
-
-
-def pool_memory(
-    framework: str, device: int, beside: Any, num_bytes: int, stream: int
-) -> tuple[int, Any]:
-    """Address and owner of memory that a framework's pool lends, until the owner goes.
-
-    Only for a stream that is not being captured.
-    """
-    if framework == "torch":
-        made = blank(framework, device, beside, (num_bytes,), "uint8", stream)
-        return made.data_ptr(), made
-    with gpu.using(device, stream):
-        memory = gpu.cupy().cuda.alloc(num_bytes)
-    return memory.ptr, memory
 
 
 _NOTHING = contextlib.nullcontext()
 
 
+def working_on(
+    framework: str, device: int | None, stream: int
+) -> contextlib.AbstractContextManager[Any]:
+    """Makes a stream the framework's current one: its allocator knows who will use the memory."""
+    return torch_stream(device, stream) if framework == "torch" else gpu.using(device, stream)
+
+
 def torch_stream(device: int | None, stream: int) -> contextlib.AbstractContextManager[Any]:
-    """Makes a stream torch's current one, so that its allocator knows who will use the memory."""
+    """Makes a stream torch's current one."""
     if device is HOST or current("torch", device) == stream:
         return _NOTHING
     cuda = sys.modules["torch"].cuda

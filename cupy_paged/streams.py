@@ -8,8 +8,9 @@ their arrays are kept until the op has run.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cupy_paged import gpu, in_flight
@@ -21,9 +22,15 @@ def current(framework: str, device: int) -> int:
 
     JAX and producers known by protocol alone have none to offer; they are served on CuPy's.
     """
+    return current_reader(framework)(device)
+
+
+def current_reader(framework: str) -> Callable[[int], int]:
+    """What `current` asks of a framework, for whoever asks often."""
     if framework == "torch":
-        return sys.modules["torch"]._C._cuda_getCurrentRawStream(device)
-    return gpu.cupy().cuda.get_current_stream(device).ptr
+        return sys.modules["torch"]._C._cuda_getCurrentRawStream
+    get = gpu.cupy().cuda.get_current_stream
+    return lambda device: get(device).ptr
 
 
 def pointer_of(stream: Any) -> int:
@@ -56,33 +63,27 @@ def launch_stream(leader: Any, stream: Any) -> int:
     return 0 if device is HOST else current(framework, device)
 
 
-class Ordering:
-    """Orders one op, which runs on `stream`, with the streams of all its arrays.
+@contextlib.contextmanager
+def ordered(stream: int, device: int, owner: str, arrays: Iterable[Array]) -> Iterator[None]:
+    """Orders what is queued on `stream` inside the `with` with the streams of all its arrays.
 
     While a graph is being captured nothing is added: a capture cannot wait for work outside of it,
     and its replays are ordered by whoever launches them.
     """
-
-    def __init__(self, stream: int, device: int, owner: str, arrays: Iterable[Array]) -> None:
-        self._stream, self._device = stream, device
-        self._others: set[int] = set()
-        self._kept: list[Any] = []
-        arrays = list(arrays)
-        frameworks = {owner, *(a.framework for a in arrays)}
-        if len(frameworks) == 1 and owner in ("cupy", "torch"):
-            return
-        if not gpu.is_capturing(device, stream):
-            others = (frameworks - {owner}) & {"cupy", "torch"}
-            self._others = {current(framework, device) for framework in others} - {stream}
-            self._kept = [a.owner for a in arrays if a.framework in ("jax", "dlpack")]
-
-    def before(self) -> None:
-        for other in self._others:
-            gpu.wait(self._device, self._stream, other)
-
-    def after(self) -> None:
-        for other in self._others:
-            gpu.wait(self._device, other, self._stream)
-        in_flight.release_finished(self._device, self._stream)
-        if self._kept:
-            in_flight.keep(self._device, self._stream, self._kept)
+    others: set[int] = set()
+    kept: list[Any] = []
+    arrays = list(arrays)
+    frameworks = {owner, *(a.framework for a in arrays)}
+    is_alone = len(frameworks) == 1 and owner in ("cupy", "torch")
+    if not is_alone and not gpu.is_capturing(device, stream):
+        foreign = (frameworks - {owner}) & {"cupy", "torch"}
+        others = {current(framework, device) for framework in foreign} - {stream}
+        kept = [a.owner for a in arrays if a.framework in ("jax", "dlpack")]
+    for other in others:
+        gpu.wait(device, stream, other)
+    yield
+    for other in others:
+        gpu.wait(device, other, stream)
+    in_flight.release_finished(device, stream)
+    if kept:
+        in_flight.keep(device, stream, kept)

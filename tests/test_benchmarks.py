@@ -512,7 +512,7 @@ def test_merge_shapes_are_those_published():
 
 def test_host_calls_are_valid():
     calls = host_suite.our_calls(HostDevice(), HostArrays())
-    assert len(calls) == 5
+    assert len(calls) == 6
     for call in calls.values():
         call()
 
@@ -540,7 +540,7 @@ def test_host_suite_says_what_is_missing(runner, monkeypatch):
     monkeypatch.setattr(cupy_paged, "merge_attn_states", lambda *a: 1 / 0)
     host_suite.run(runner, rounds=2, calls=1)
     *found, merge = runner.result.measurements
-    assert [(m.system, m.arrays, m.status) for m in found] == [("ours", "numpy", "ok")] * 4
+    assert [(m.system, m.arrays, m.status) for m in found] == [("ours", "numpy", "ok")] * 5
     assert merge.note == "ZeroDivisionError: division by zero"
     assert runner.result.systems == {"torch": "not installed: no torch"}
     assert "| v1 | numpy |" in tables.markdown(runner.result, "x")

@@ -11,7 +11,7 @@ import pytest
 
 from cupy_paged import gpu, results
 from cupy_paged.arrays import Array, array
-from cupy_paged.streams import Ordering, launch_stream
+from cupy_paged.streams import launch_stream, ordered
 from support.fake_cupy import FakeCuPy
 
 DEVICE, CUPY_STREAM, TORCH_STREAM, OTHER_STREAM = 1, 101, 201, 301
@@ -48,27 +48,23 @@ def waits(stream, other, event):
 )
 def test_frameworks_wait_for_each_other_on_the_device_of_the_arrays(fake, owner, stream, other):
     arrays = [on_device("cupy"), on_device("torch")]
-    ordering = Ordering(stream, DEVICE, owner, arrays)
-    ordering.before()
-    assert fake.take() == waits(stream, other, 1)
-    ordering.after()
+    with ordered(stream, DEVICE, owner, arrays):
+        assert fake.take() == waits(stream, other, 1)
     assert fake.take() == waits(other, stream, 1)
 
 
 @pytest.mark.parametrize("framework", ["cupy", "torch"])
 def test_one_framework_waits_for_nobody(fake, framework):
-    ordering = Ordering(OTHER_STREAM, DEVICE, framework, [on_device(framework)])
-    ordering.before()
-    ordering.after()
+    with ordered(OTHER_STREAM, DEVICE, framework, [on_device(framework)]):
+        pass
     assert fake.calls == []
 
 
 def test_a_capture_waits_for_nobody(fake):
     fake.capturing.add(CUPY_STREAM)
     arrays = [on_device(framework) for framework in ("cupy", "torch", "jax", "dlpack")]
-    ordering = Ordering(CUPY_STREAM, DEVICE, "cupy", arrays)
-    ordering.before()
-    ordering.after()
+    with ordered(CUPY_STREAM, DEVICE, "cupy", arrays):
+        pass
     assert fake.take() == []
 
 

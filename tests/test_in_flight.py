@@ -9,7 +9,7 @@ import pytest
 
 from cupy_paged import gpu, in_flight
 from cupy_paged.arrays import Array
-from cupy_paged.streams import Ordering
+from cupy_paged.streams import ordered
 from support.fake_cupy import FakeCuPy
 from support.receipt import ROOT
 
@@ -30,9 +30,8 @@ def run_op(device=0, stream=0, framework="jax"):
     """An op on an array that nobody else keeps: a weak reference to that array."""
     owner = Owner()
     read = Array("x", owner, framework, "float16", (4,), (1,), 0x1000, device, False)
-    ordering = Ordering(stream, device, "cupy", [read])
-    ordering.before()
-    ordering.after()
+    with ordered(stream, device, "cupy", [read]):
+        pass
     return weakref.ref(owner)
 
 

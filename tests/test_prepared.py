@@ -3,10 +3,12 @@
 CuPy and torch are stand-ins here, and arrays of theirs are host memory that says it is on a device.
 """
 
+import contextlib
 import ctypes
 import struct
 import sys
 import threading
+import weakref
 from collections import deque
 from types import SimpleNamespace
 
@@ -18,12 +20,30 @@ import cupy_paged
 from cupy_paged import attention, cache_ops, compiler, counters, gpu, in_flight, merge, prepared
 from cupy_paged.attention_kernels import PARAMS
 from support import bad_calls, fake_cupy, ops
-from support.bad_calls import NUMPY, attention_arguments, off_by, v1_arguments
+from support.bad_calls import (
+    NUMPY,
+    attention_arguments,
+    convert_arguments,
+    flash_arguments,
+    merge_arguments,
+    off_by,
+    v1_arguments,
+    vllm_arguments,
+)
 from support.data import Case, build
 from support.fake_cupy import FakeCuPy, FakeTorch
 
-GOOD = {"paged_attention": attention_arguments, "paged_attention_v1": v1_arguments}
+PARAMS_OF = {
+    "paged_attention": PARAMS,
+    "paged_attention_v1": PARAMS,
+    "merge_attn_states": merge.PARAMS,
+    "reshape_and_cache": cache_ops.WRITE_PARAMS,
+    "reshape_and_cache_flash": cache_ops.WRITE_PARAMS,
+    "convert_fp8": cache_ops.CONVERT_PARAMS,
+}
+GOOD = {operator: bad_calls.GOOD[operator] for operator in PARAMS_OF}
 FRAMEWORKS = {"cupy": fake_cupy.ndarray, "torch": fake_cupy.Tensor}
+ALLOCATIONS = ("alloc", "torch.empty", "torch.alloc")
 
 
 class Machine:
@@ -33,15 +53,16 @@ class Machine:
         self.cupy = FakeCuPy()
         self.cupy.launched = self._launched
         self.torch = FakeTorch(self.cupy)
-        self.checked, self.packed = 0, []
+        self.checked, self.params, self.packed = 0, PARAMS, []
 
     def _launched(self, address):
-        self.packed.append(ctypes.string_at(address, PARAMS.size))
+        self.packed.append(ctypes.string_at(address, self.params.size))
 
     def run(self, operator, kind, given, device=0):
         """What a call comes to: its error, or its calls of CUDA, parameters and results."""
         self.cupy.take()
         self.packed.clear()
+        self.params = PARAMS_OF[operator]
         given = {
             name: kind(x, device) if isinstance(x, np.ndarray) else x for name, x in given.items()
         }
@@ -51,21 +72,23 @@ class Machine:
             return type(error), str(error)
         # Without what is done once, and addresses that are never the same.
         calls = [
-            call[:2] + call[3:] if call[1] in ("alloc", "torch.empty") else call
+            call[:2] + call[3:] if call[1] in ALLOCATIONS else call
             for call in self.cupy.take()
             if call[1] != "RawModule" and call[-1] != fake_cupy.NEW_STREAM
         ]
-        return calls, [unpacked(packed) for packed in self.packed], described(result)
+        params = [unpacked(packed, self.params) for packed in self.packed]
+        return calls, params, described(result)
 
 
-def unpacked(packed):
-    """The fields of AttentionParams by name; "new" for addresses of memory that the op obtained."""
+def unpacked(packed, params=PARAMS):
+    """The fields of a struct by name; "new" for addresses of memory that the op obtained."""
     codes = {"pointer": "P", "int64": "q", "int": "i", "float": "f"}
-    layout = "@" + "".join(codes[kind] for kind in PARAMS.fields.values()) + "0q"
-    fields = dict(zip(PARAMS.fields, struct.unpack(layout, packed), strict=True))
-    for name in "exp_sums", "max_logits":
-        fields[name] -= fields["tmp_out"]
-    for name in "out", "lse", "tmp_out", "work":
+    layout = "@" + "".join(codes[kind] for kind in params.fields.values()) + "0q"
+    fields = dict(zip(params.fields, struct.unpack(layout, packed), strict=True))
+    for name in params.pointers:
+        if name in ("exp_sums", "max_logits"):
+            fields[name] -= fields["tmp_out"]
+    for name in params.pointers:
         if fields[name] and fields[name] % fake_cupy.APART == 0:
             fields[name] = "new"
     return fields
@@ -86,18 +109,24 @@ def machine(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(gpu, "cupy", lambda: machine.cupy)
     monkeypatch.setattr(in_flight, "_queues", {})
-    monkeypatch.setattr(prepared, "_calls", {})
+    monkeypatch.setattr(prepared, "_kept", prepared._Kept())
     monkeypatch.setattr(compiler, "_loaded", {})
     for name in "_of_streams", "_slabs":
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_kept", [])
-    check = attention.check_call
 
-    def counting(*arguments):
-        machine.checked += 1
-        return check(*arguments)
+    def counting(check):
+        def counted(*arguments):
+            machine.checked += 1
+            return check(*arguments)
 
-    monkeypatch.setattr(attention, "check_call", counting)
+        return counted
+
+    # What each op asks when it checks a call, and only then.
+    for module, name in (
+        (attention, "check_call"), (merge, "launch_stream"), (cache_ops, "launch_stream"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
     caches = [prepared._describer, gpu.device_limits, gpu.external_stream]
     for cache in caches:
         cache.cache_clear()
@@ -105,10 +134,12 @@ def machine(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     assert machine.cupy.device == 0, "the current device was left changed"
+    assert not machine.torch.lent, "memory of torch's pool was not given back"
 
 
 def forget():
-    prepared._calls.clear()
+    prepared._kept.calls.clear()
+    prepared._kept.last.clear()
 
 
 def moved(given):
@@ -150,6 +181,38 @@ CALLS = {
             ("query", (2, 4, 64)), ("key_cache", (3, 2, 16, 64)), ("value_cache", (3, 2, 16, 64))
         )}),
     ),
+    "merge": ("merge_attn_states", merge_arguments),
+    "merge into new arrays": (
+        "merge_attn_states", lambda: {**merge_arguments(), "output": None, "output_lse": None},
+    ),
+    "merge without lse": ("merge_attn_states", lambda: {**merge_arguments(), "output_lse": None}),
+    "merge to fp8": (
+        "merge_attn_states",
+        lambda: {
+            **merge_arguments(),
+            "output": np.zeros((6, 4, 64), np.uint8),
+            "output_scale": np.ones(1, np.float32),
+        },
+    ),
+    "merge of some tokens": (
+        "merge_attn_states", lambda: {**merge_arguments(), "prefill_tokens_with_context": 2},
+    ),
+    "writer": ("reshape_and_cache", vllm_arguments),
+    "flash writer": ("reshape_and_cache_flash", flash_arguments),
+    "writer to fp8": (
+        "reshape_and_cache_flash",
+        lambda: {
+            **flash_arguments(),
+            **{name: np.zeros((3, 16, 2, 64), np.uint8) for name in ("key_cache", "value_cache")},
+            "kv_cache_dtype": "fp8",
+            "k_scale": np.ones(1, np.float32),
+        },
+    ),
+    "to fp8": ("convert_fp8", convert_arguments),
+    "from fp8": (
+        "convert_fp8",
+        lambda: {"output": np.zeros((3, 8), np.float32), "input": np.zeros((3, 8), np.uint8)},
+    ),
 }  # fmt: skip
 
 
@@ -159,10 +222,10 @@ def test_a_repeated_call_is_queued_as_if_it_were_checked(machine, kind, name):
     operator, arguments = CALLS[name]
     first = arguments()
     machine.run(operator, kind, first)
-    assert (machine.checked, len(prepared._calls)) == (1, 1)
+    assert (machine.checked, len(prepared._kept.calls)) == (1, 1)
     given = moved(first)
     again = machine.run(operator, kind, given)
-    assert (machine.checked, len(prepared._calls)) == (1, 1)
+    assert (machine.checked, len(prepared._kept.calls)) == (1, 1)
     calls, params, _ = again
     assert params and {call[1] for call in calls} >= {"launchKernel"}
     forget()
@@ -171,22 +234,15 @@ def test_a_repeated_call_is_queued_as_if_it_were_checked(machine, kind, name):
 
 
 @pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
-@pytest.mark.parametrize(
-    ("operator", "first", "params"),
-    [
-        ("merge_attn_states", "output", merge.PARAMS),
-        ("reshape_and_cache", "key", cache_ops.WRITE_PARAMS),
-        ("reshape_and_cache_flash", "key", cache_ops.WRITE_PARAMS),
-        ("convert_fp8", "output", cache_ops.CONVERT_PARAMS),
-    ],
-)
-def test_other_operators_launch_with_their_structs(machine, kind, operator, first, params):
-    arguments = bad_calls.GOOD[operator]()
-    seen = []
-    machine.cupy.launched = lambda address: seen.append(ctypes.string_at(address, params.size))
-    machine.run(operator, kind, arguments)
-    (packed,) = seen
-    assert struct.unpack_from("@P", packed) == (arguments[first].ctypes.data,)
+@pytest.mark.parametrize("operator", GOOD)
+def test_each_array_is_where_its_kernel_looks_for_it(machine, kind, operator):
+    for _ in range(2):
+        arguments = moved(GOOD[operator]())
+        _, (fields,), _ = machine.run(operator, kind, arguments)
+        for name, value in arguments.items():
+            if isinstance(value, np.ndarray):
+                assert fields[name] == value.ctypes.data, name
+    assert machine.checked == 1
 
 
 def torch_has(bad):
@@ -256,6 +312,115 @@ def test_a_good_change_is_seen(machine, kind, what):
     assert first[1]
 
 
+def halves(*shape):
+    return np.ones(shape, np.float16)
+
+
+OTHER_CHANGES = {
+    "merge_attn_states": {
+        "tokens": lambda g: {
+            **{name: halves(5, 4, 64) for name in ("prefix_output", "suffix_output", "output")},
+            **{
+                name: np.zeros((4, 5), np.float32)
+                for name in ("prefix_lse", "suffix_lse", "output_lse")
+            },
+        },
+        "output's strides": lambda g: {"output": halves(6, 8, 64)[:, ::2]},
+        "output's address": lambda g: {"output": off_by(4)(g["output"])},
+        "suffix's address": lambda g: {"suffix_output": off_by(2)(g["suffix_output"])},
+        "tokens first in lse": lambda g: {"suffix_lse": np.zeros((6, 4), np.float32).T},
+        "no output": lambda g: {"output": None, "output_lse": None},
+        "no lse": lambda g: {"output_lse": None},
+        "context": lambda g: {"prefill_tokens_with_context": 4},
+        "a scale": lambda g: {"output": np.zeros((6, 4, 64), np.uint8), "output_scale": 2.0},
+        "stream": lambda g: {"stream": 77},
+    },
+    "reshape_and_cache": {
+        "fewer slots": lambda g: {"slot_mapping": np.arange(4)},
+        "key's strides": lambda g: {"key": halves(10, 2, 64)[::2]},
+        "value's address": lambda g: {"value": off_by(2)(g["value"])},
+        "value_cache's address": lambda g: {"value_cache": off_by(2)(g["value_cache"])},
+        "a scale": lambda g: {"k_scale": 0.5},
+        "an array for a scale": lambda g: {"v_scale": np.ones(1, np.float32)},
+        "fp8": lambda g: {
+            "key_cache": np.zeros((3, 2, 4, 16, 16), np.uint8),
+            "value_cache": np.zeros((3, 2, 64, 16), np.uint8),
+            "kv_cache_dtype": "fp8",
+        },
+    },
+    "reshape_and_cache_flash": {
+        "layout": lambda g: {
+            "layout": "HND",
+            **{name: halves(3, 2, 16, 64) for name in ("key_cache", "value_cache")},
+        },
+        "fewer slots": lambda g: {"slot_mapping": np.arange(3)},
+    },
+    "convert_fp8": {
+        "format": lambda g: {"kv_dtype": "fp8_e5m2"},
+        "scale": lambda g: {"scale": 3.0},
+        "the other way": lambda g: {"output": halves(3, 8), "input": np.ones((3, 8), np.uint8)},
+        "size": lambda g: {"output": np.zeros(9, np.uint8), "input": halves(9)},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("operator", "what"),
+    [(operator, what) for operator, changes in OTHER_CHANGES.items() for what in changes],
+)
+def test_a_good_change_of_another_op_is_seen(machine, kind, operator, what):
+    good = GOOD[operator]()
+    changed = {**good, **OTHER_CHANGES[operator][what](good)}
+    runs = [machine.run(operator, kind, given) for given in (good, changed) * 3]
+    assert machine.checked == (1 if what == "stream" else 2)
+    assert runs[0] == runs[2] == runs[4] != runs[1] == runs[3] == runs[5]
+    forget()
+    assert machine.run(operator, kind, changed) == runs[1]
+    assert runs[1][1]
+
+
+def test_layouts_of_one_shape_are_told_apart(machine):
+    given = {**flash_arguments(), **{n: halves(3, 2, 2, 64) for n in ("key_cache", "value_cache")}}
+    for layout in "NHD", "HND", "NHD", "HND":
+        machine.run("reshape_and_cache_flash", fake_cupy.ndarray, {**given, "layout": layout})
+    assert machine.checked == 2
+
+
+def test_vllm_and_flash_writers_do_not_share(machine):
+    machine.run("reshape_and_cache_flash", fake_cupy.ndarray, flash_arguments())
+    error, _ = machine.run("reshape_and_cache", fake_cupy.ndarray, flash_arguments())
+    assert error is ValueError
+
+
+@pytest.mark.parametrize("operator", GOOD)
+def test_an_array_that_was_changed_in_place_is_checked_again(machine, operator):
+    """The object is the same, and what it says of itself is not."""
+    good = {
+        name: fake_cupy.ndarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in GOOD[operator]().items()
+    }
+    call = getattr(cupy_paged, operator)
+    for name, x in good.items():
+        if not isinstance(x, fake_cupy.ndarray):
+            continue
+        for attribute, value in (
+            ("shape", (*x.shape[:-1], x.shape[-1] + 1)),
+            ("strides", (*x.strides[:-1], 3 * x.itemsize)),
+            ("dtype", np.dtype(np.complex64)),
+            ("data", SimpleNamespace(ptr=x.data.ptr, device_id=1)),
+            ("data", SimpleNamespace(ptr=x.data.ptr + 1, device_id=0)),
+        ):
+            for _ in range(2):
+                call(**good)
+            checked, before = machine.checked, getattr(x, attribute)
+            setattr(x, attribute, value)
+            with contextlib.suppress(TypeError, ValueError):
+                call(**good)
+            assert machine.checked == checked + 1, (name, attribute)
+            setattr(x, attribute, before)
+
+
 @pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
 def test_devices_and_streams_are_told_apart(machine, kind):
     streams = {fake_cupy.ndarray: machine.cupy, fake_cupy.Tensor: machine.torch}[kind]
@@ -266,7 +431,7 @@ def test_devices_and_streams_are_told_apart(machine, kind):
                 calls, *_ = machine.run("paged_attention", kind, wide(), device)
                 *_, launch = calls
                 assert (launch[0], launch[1], launch[-1]) == (device, "launchKernel", stream)
-                allocated = [call[-1] for call in calls if call[1] in ("alloc", "torch.empty")]
+                allocated = [call[-1] for call in calls if call[1] in ALLOCATIONS]
                 assert allocated == [stream, stream]
     assert machine.checked == 2
 
@@ -292,7 +457,7 @@ def test_another_stream_than_the_current_one(machine, kind):
 @pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
 def test_a_capture_is_checked_and_gets_memory_of_its_own(machine, kind):
     given = wide(out=np.zeros((2, 4, 64), np.float16))
-    eager, captured = ["alloc" if kind is fake_cupy.ndarray else "torch.empty"], ["mallocAsync"]
+    eager, captured = ["alloc" if kind is fake_cupy.ndarray else "torch.alloc"], ["mallocAsync"]
     for run, capturing in enumerate((False, True, False)):
         machine.cupy.capturing = {100, 200} if capturing else set()
         calls, *_ = machine.run("paged_attention", kind, given)
@@ -303,13 +468,70 @@ def test_a_capture_is_checked_and_gets_memory_of_its_own(machine, kind):
         assert machine.checked == 1 + (run > 0)
 
 
+@pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
+@pytest.mark.parametrize("operator", GOOD)
+def test_every_op_is_checked_in_a_capture(machine, kind, operator):
+    for run, capturing in enumerate((False, True, False)):
+        machine.cupy.capturing = {100, 200} if capturing else set()
+        calls, *_ = machine.run(operator, kind, GOOD[operator]())
+        assert [call[1] for call in calls] == ["launchKernel"]
+        assert machine.checked == 1 + (run > 0)
+
+
+def test_scratch_of_torch_is_on_the_device_even_if_torch_remembers_another(machine):
+    given = wide(out=np.zeros((2, 4, 64), np.float16))
+    for remembered, expected in ((None, "torch.alloc"), (1, "torch.empty")) * 2:
+        machine.torch.remembered_device = remembered
+        calls, *_ = machine.run("paged_attention", fake_cupy.Tensor, given)
+        assert [call[1] for call in calls] == [expected, "launchKernel"]
+    assert machine.checked == 1
+
+
+@pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
+def test_scratch_is_cut_into_pieces_that_follow_each_other(machine, kind):
+    for _ in range(2):
+        calls, (fields,), _ = machine.run("paged_attention", kind, wide(out=halves(2, 4, 64)))
+        (num_bytes,) = {call[2] for call in calls if call[1] in ALLOCATIONS}
+        tmp_out, states = 4 * 2 * 4 * 4 * 64, 4 * 2 * 4 * 4  # of 4 partitions
+        assert fields["tmp_out"] == "new"
+        assert (fields["exp_sums"], fields["max_logits"]) == (tmp_out, tmp_out + states)
+        assert num_bytes == tmp_out + 2 * states
+
+
+def test_scratch_goes_back_where_a_launch_fails(machine):
+    given = wide(out=np.zeros((2, 4, 64), np.float16))
+    machine.run("paged_attention", fake_cupy.Tensor, given)
+
+    def launched(address):
+        assert machine.torch.lent
+        raise MemoryError
+
+    machine.cupy.launched = launched
+    error, _ = machine.run("paged_attention", fake_cupy.Tensor, given)
+    assert error is MemoryError
+
+
+def test_what_is_kept_keeps_no_array_alive(machine):
+    for operator in GOOD:
+        given = {
+            name: fake_cupy.Tensor(x) if isinstance(x, np.ndarray) else x
+            for name, x in GOOD[operator]().items()
+        }
+        for _ in range(2):
+            getattr(cupy_paged, operator)(**given)
+        alive = [weakref.ref(x) for x in given.values() if isinstance(x, fake_cupy.Tensor)]
+        given.clear()
+        assert prepared._kept.last[operator.removesuffix("_flash")]
+        assert [ref() for ref in alive] == [None] * len(alive)
+
+
 def test_arrays_of_two_frameworks_are_checked_each_time(machine):
     given = wide(seq_lens=fake_cupy.Tensor(np.ones(2, np.int32)))
     for run in 1, 2:
         calls, *_ = machine.run("paged_attention", fake_cupy.ndarray, given)
         assert [call[1] for call in calls].count("streamWaitEvent") == 2
         assert machine.checked == run
-    assert not prepared._calls
+    assert not prepared._kept.calls
 
 
 def test_a_subclass_is_checked_each_time(machine):
@@ -323,12 +545,20 @@ def test_a_subclass_is_checked_each_time(machine):
 
 def test_the_emulated_chip_is_seen(machine, monkeypatch):
     kernels = []
-    for sm in "", "75", "", "75":
-        monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", sm)
+    for sm in None, 75, None, 75:
+        monkeypatch.setattr(gpu, "emulated_sm", lambda sm=sm: sm)
         calls, *_ = machine.run("paged_attention", fake_cupy.ndarray, wide())
         kernels.append([call[2] for call in calls if call[1] == "launchKernel"])
     assert kernels[0] == kernels[2] != kernels[1] == kernels[3]
     assert machine.checked == 2
+
+
+def test_the_emulated_chip_is_an_environment_variable(monkeypatch):
+    read = gpu.emulated_sm.__wrapped__
+    monkeypatch.delenv("CUPY_PAGED_EMULATE_SM", raising=False)
+    assert read() is None
+    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+    assert read() == 75
 
 
 @pytest.mark.parametrize(
@@ -342,7 +572,8 @@ def test_the_emulated_chip_is_seen(machine, monkeypatch):
     ids=str,
 )
 def test_equal_values_of_another_type_are_checked(machine, good, bad):
-    machine.run("paged_attention", fake_cupy.ndarray, wide(**good))
+    for _ in range(2):
+        machine.run("paged_attention", fake_cupy.ndarray, wide(**good))
     error, _ = machine.run("paged_attention", fake_cupy.ndarray, wide(**bad))
     assert error is TypeError
 
@@ -366,7 +597,7 @@ def test_what_is_kept_has_an_end(machine, monkeypatch):
     monkeypatch.setattr(prepared, "MOST", 10)
     for max_seq_len in range(100, 125):
         machine.run("paged_attention", fake_cupy.ndarray, wide(max_seq_len=max_seq_len))
-        assert len(prepared._calls) <= 10
+        assert len(prepared._kept.calls) <= 10
 
 
 def test_kept_arrays_are_released(machine):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cupy_paged import gpu
 from support import cases, frameworks, ops
 from support.attention_suite import AttentionSuite
 from support.data import Case, build, needles
@@ -21,13 +22,13 @@ STORAGES = pytest.mark.parametrize(
 @pytest.fixture
 def older_chip(monkeypatch):
     """The code paths of a Turing: software bfloat16 and float8, plain copies."""
-    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+    monkeypatch.setattr(gpu, "emulated_sm", lambda: 75)
 
 
 @pytest.fixture
 def ampere(monkeypatch):
     """The code paths of an A100: tensor cores and asynchronous copies, but software float8."""
-    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "80")
+    monkeypatch.setattr(gpu, "emulated_sm", lambda: 80)
 
 
 @pytest.mark.parametrize("case", cases.GPU, ids=str)

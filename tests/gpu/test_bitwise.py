@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupy_paged import launch, prepared
+from cupy_paged import gpu, launch, prepared
 from support import compare, frameworks, ops
 from support.data import Case, build
 
@@ -82,7 +82,7 @@ def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded, monkeypatch):
     problem, caches = loaded
     expected = [call(problem, CUPY, **caches) for call in CALLS]
     load = launch.load
-    monkeypatch.setattr(prepared, "_calls", {})
+    monkeypatch.setattr(prepared, "_kept", prepared._Kept())
     monkeypatch.setattr(launch, "load", lambda *key: load(*key)._replace(max_blocks=max_blocks))
     for call, want in zip(CALLS, expected, strict=True):
         same_bits(call(problem, CUPY, **caches), want, call.__name__)
@@ -144,7 +144,7 @@ def test_the_placement_of_blocks_changes_no_bit(loaded):
 
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_the_paths_of_older_chips_keep_the_contract(case, monkeypatch):
-    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+    monkeypatch.setattr(gpu, "emulated_sm", lambda: 75)
     problem, caches = loaded = ragged(case)
     test_every_operator_gives_the_same_bits(loaded)
     expected = ops.paged_attention(problem, CUPY, **caches)

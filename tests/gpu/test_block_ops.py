@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
+from cupy_paged import gpu
 from support import compare, frameworks, oracle
 from support.block_suite import (
     GUARD_ROWS,
@@ -65,7 +66,7 @@ class OnOlderChips:
 
     @pytest.fixture
     def arrays(self, monkeypatch):
-        monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+        monkeypatch.setattr(gpu, "emulated_sm", lambda: 75)
         return CUPY
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cupy_paged import gpu
 from support import frameworks
 from support.cache_suite import CacheSuite, ConvertSuite
 
@@ -16,7 +17,7 @@ class OnOlderChips:
 
     @pytest.fixture
     def arrays(self, monkeypatch):
-        monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+        monkeypatch.setattr(gpu, "emulated_sm", lambda: 75)
         return frameworks.device()[0]
 
 

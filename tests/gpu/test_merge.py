@@ -2,6 +2,7 @@
 
 import pytest
 
+from cupy_paged import gpu
 from support import frameworks
 from support.merge_suite import MergeSuite
 
@@ -21,5 +22,5 @@ class TestMergeOnOlderChips:
 
     @pytest.fixture
     def arrays(self, monkeypatch):
-        monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+        monkeypatch.setattr(gpu, "emulated_sm", lambda: 75)
         return frameworks.device()[0]

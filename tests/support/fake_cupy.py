@@ -102,7 +102,7 @@ class FakeCuPy:
             fake.log("alloc", found.ptr, num_bytes, fake.current_streams[fake.device])
             return found
 
-        def empty(shape, dtype):
+        def new_array(shape, dtype):
             return ndarray.packed(shape, dtype, alloc(int(np.prod(shape)) * dtype.itemsize))
 
         def raw_module(code, options, name_expressions):
@@ -125,7 +125,7 @@ class FakeCuPy:
             fake.log("launchKernel", fake.functions[function], gx, bx, shared_bytes, stream)
             fake.launched(ctypes.c_void_p.from_address(arguments).value)
 
-        self.empty, self.RawModule = empty, raw_module
+        self.ndarray, self.RawModule = new_array, raw_module
         self.launched = lambda address: None
         self.cuda = SimpleNamespace(
             Device=Device,
@@ -217,16 +217,34 @@ class FakeTorch:
 
     def __init__(self, fake):
         self.current_streams = {0: 200, 1: 201}
-        self._C = SimpleNamespace(_cuda_getCurrentRawStream=self.current_streams.__getitem__)
+        self.remembered_device = None
+        self.lent = set()
+        self._C = SimpleNamespace(
+            _cuda_getCurrentRawStream=self.current_streams.__getitem__,
+            _cuda_getDevice=self._device,
+            _cuda_cudaCachingAllocator_raw_alloc=self._alloc,
+            _cuda_cudaCachingAllocator_raw_delete=self.lent.remove,
+        )
         self.cuda = SimpleNamespace(
-            ExternalStream=lambda stream, device: (stream, device), stream=self._stream
+            ExternalStream=lambda stream, device: (stream, device),
+            init=lambda: None,
+            stream=self._stream,
         )
         self._fake = fake
 
     def __getattr__(self, dtype):
         return f"torch.{dtype}"
 
-    def empty(self, shape, dtype, device):
+    def _device(self):
+        return self._fake.device if self.remembered_device is None else self.remembered_device
+
+    def _alloc(self, num_bytes, stream):
+        address = next(self._fake.addresses)
+        self.lent.add(address)
+        self._fake.log("torch.alloc", address, num_bytes, stream)
+        return address
+
+    def empty(self, *shape, dtype, device):
         host = np.empty(shape, dtype.removeprefix("torch."))
         made = Tensor(host, device.index)
         made._ptr = next(self._fake.addresses)
