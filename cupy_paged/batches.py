@@ -51,6 +51,7 @@ class HostBatch(NamedTuple):
     tokens: np.ndarray  # int64 [3, num_tokens]
     seq_lens: np.ndarray  # int32 [num_rows]
     block_tables: np.ndarray  # int32 [num_rows, longest table here]
+    blocks: np.ndarray  # int32, of all sequences
     last_tokens: np.ndarray  # int64 [num_seqs]
     completed: np.ndarray  # int64
     ends: tuple[tuple[Sequence, int, int], ...]
@@ -71,7 +72,7 @@ def on_host(
     if len(set(sequences)) < len(sequences):
         raise ValueError("sequences: one is named twice")
     starts = np.array([s.num_written for s in sequences], INT64)
-    pending = counts = np.array([s.num_pending for s in sequences], INT64)
+    pending = counts = np.array([len(s.tokens) for s in sequences], INT64) - starts
     if max_tokens is not None:
         before = np.cumsum(counts) - counts
         counts = np.clip(max_tokens - before, 0, counts)
@@ -79,10 +80,11 @@ def on_host(
     live = int(counts.sum())
 
     num_rows = len(sequences) if each_token else _padded("num_seqs", len(sequences), num_seqs)
-    longest = max([len(s.blocks) for s in sequences], default=0)
+    blocks = np.frombuffer(b"".join([s.blocks for s in sequences]), INT32)
+    widths = np.array([len(s.blocks) for s in sequences], INT64)
+    longest = int(widths.max(initial=0))
     tables = np.zeros((num_rows, longest), INT32)
-    for row, sequence in zip(tables, sequences, strict=False):
-        row[: len(sequence.blocks)] = np.frombuffer(sequence.blocks, INT32)
+    tables[: len(sequences)][np.arange(longest) < widths[:, None]] = blocks
 
     whose = np.repeat(np.arange(len(sequences)), counts)
     positions = np.arange(live) + np.repeat(ends - np.cumsum(counts), counts)
@@ -103,7 +105,7 @@ def on_host(
             raise ValueError(f"num_seqs: got {num_seqs}, but each token has a row: {num_rows}")
         lens = positions + 1
         rows = np.zeros((num_rows, longest), INT32)
-        rows[:live] = tables[whose]
+        np.take(tables, whose, axis=0, out=rows[:live])
         tables = rows
     seq_lens = np.zeros(num_rows, INT32)
     seq_lens[: len(lens)] = lens
@@ -111,12 +113,10 @@ def on_host(
         tokens,
         seq_lens,
         tables,
+        blocks,
         np.where(counts > 0, np.cumsum(counts) - 1, -1),
         np.flatnonzero((counts > 0) & (counts == pending)),
-        tuple(
-            (sequence, end, sequence.version)
-            for sequence, end in zip(sequences, ends.tolist(), strict=True)
-        ),
+        tuple(zip(sequences, ends.tolist(), [s.version for s in sequences], strict=True)),
     )
 
 
@@ -153,12 +153,8 @@ class Buffers:
         self._staging: Staging | None = None
         if leader.device is not HOST:
             sizes = (3 * num_tokens, INT64), (num_rows, INT32), (num_rows * max_blocks, INT32)
-            self._staging = Staging(leader.device, Staging.num_bytes(*sizes))
-
-    def finish(self) -> None:
-        """Waits until the arrays have been sent all that was given: their memory may go then."""
-        if self._staging is not None:
-            self._staging.finish()
+            arrays = [made.owner for made in (self._tokens, self._seq_lens, self._tables)]
+            self._staging = Staging(leader.device, Staging.num_bytes(*sizes), arrays)
 
     def fits(self, host: HostBatch) -> bool:
         """Whether the arrays are large enough."""

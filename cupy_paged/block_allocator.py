@@ -7,9 +7,11 @@ out. free + kept + used = total, always.
 
 from __future__ import annotations
 
-import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+
+from cupy_paged import checks
 
 
 class OutOfBlocks(MemoryError):
@@ -18,11 +20,12 @@ class OutOfBlocks(MemoryError):
     needed    blocks that the request takes from the pool
     free      blocks that the pool could give, kept ones included
     total     blocks of the pool
+    kind      "cache", or "host" for blocks that sequences are offloaded to
     """
 
-    def __init__(self, needed: int, free: int, total: int) -> None:
-        super().__init__(f"out of cache blocks: {needed} needed, {free} free, {total} in all")
-        self.needed, self.free, self.total = needed, free, total
+    def __init__(self, needed: int, free: int, total: int, kind: str = "cache") -> None:
+        super().__init__(f"out of {kind} blocks: {needed} needed, {free} free, {total} in all")
+        self.needed, self.free, self.total, self.kind = needed, free, total, kind
 
 
 class NeverFits(ValueError):
@@ -30,11 +33,12 @@ class NeverFits(ValueError):
 
     needed    blocks of the request
     total     blocks there can ever be for it
+    kind      as in OutOfBlocks
     """
 
-    def __init__(self, needed: int, total: int, limit: str = "in all") -> None:
-        super().__init__(f"can never fit: {needed} cache blocks needed, {total} {limit}")
-        self.needed, self.total = needed, total
+    def __init__(self, needed: int, total: int, limit: str = "in all", kind: str = "cache") -> None:
+        super().__init__(f"can never fit: {needed} {kind} blocks needed, {total} {limit}")
+        self.needed, self.total, self.kind = needed, total, kind
 
 
 class BlockAllocator:
@@ -49,6 +53,7 @@ class BlockAllocator:
 
     evicting    called with a kept block before it is given up
     dead        called with each block whose contents nobody can want any more
+    kind        what errors call the blocks
 
     What raises has changed nothing.
     """
@@ -59,11 +64,10 @@ class BlockAllocator:
         *,
         evicting: Callable[[int], None] = lambda block: None,
         dead: Callable[[int], None] = lambda block: None,
+        kind: str = "cache",
     ) -> None:
-        num_blocks = operator.index(num_blocks)
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks: got {num_blocks}, needs at least 1")
-        self.num_blocks = num_blocks
+        self.num_blocks = num_blocks = checks.is_int(num_blocks, "num_blocks", 1)
+        self.kind = kind
         self.num_shared = 0
         self.num_evictions = 0
         self._evicting, self._dead = evicting, dead
@@ -105,7 +109,8 @@ class BlockAllocator:
     def allocate(self, count: int) -> list[int]:
         """Blocks for one holder: all of them or none.
 
-        Raises OutOfBlocks, or NeverFits for more than the pool has.
+        Raises OutOfBlocks, or NeverFits for more than the pool has; TypeError or ValueError for
+        what is no count.
         """
         self.check_available(count)
         blocks: list[int] = []
@@ -119,12 +124,12 @@ class BlockAllocator:
 
     def check_available(self, count: int, reviving: int = 0) -> None:
         """Raises as `allocate` would, if `reviving` kept blocks were taken up again before."""
-        if count < 0:
-            raise ValueError(f"count: got {count}, needs at least 0")
+        checks.is_int(count, "count", 0, sys.maxsize)
         if count > self.num_blocks:
-            raise NeverFits(count, self.num_blocks)
-        if count > self.num_available - reviving:
-            raise OutOfBlocks(count, self.num_available - reviving, self.num_blocks)
+            raise NeverFits(count, self.num_blocks, kind=self.kind)
+        free = self.num_available - reviving
+        if count > free:
+            raise OutOfBlocks(count, free, self.num_blocks, self.kind)
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more holder for each of the blocks, which are used or kept.

@@ -58,9 +58,10 @@ def _rows(cache: PagedKVCache) -> list[tuple[str, str]]:
     counts, pool = _counts(cache), cache.pool
     used = cache.num_blocks - counts["free"] - counts["kept"]
     tokens = sum(map(len, pool.sequences))
-    slots = tokens + pool.unused_slots
+    offloaded = [sequence for sequence in pool.sequences if sequence.is_offloaded]
+    slots = tokens - sum(map(len, offloaded)) + pool.unused_slots
     found = pool.statistics
-    return [
+    rows = [
         (
             "blocks",
             f"{cache.num_blocks} of {cache.block_size} tokens: {used} used "
@@ -79,6 +80,16 @@ def _rows(cache: PagedKVCache) -> list[tuple[str, str]]:
             f"{found.evictions} evicted, {found.copies} copied",
         ),
     ]
+    if pool.host is not None:
+        held = pool.host.allocator.num_used
+        rows.append(
+            (
+                "host",
+                f"{cache.num_host_blocks} blocks: {held} used, {len(offloaded)} sequences; "
+                f"{found.offloaded} offloaded, {found.restored} restored",
+            )
+        )
+    return rows
 
 
 def text(cache: PagedKVCache) -> str:

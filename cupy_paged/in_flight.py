@@ -16,6 +16,7 @@ from cupy_paged import gpu
 
 _queues: dict[tuple[int, int], deque[tuple[Any, list[Any]]]] = {}
 """By (device, stream): what an op uses, and the event after that op; no queue is empty."""
+_EVENT = -1  # a queue of its own
 _lock = threading.Lock()
 
 
@@ -25,6 +26,12 @@ def keep(device: int, stream: int, owners: list[Any]) -> None:
     event = gpu.record(device, stream)
     with _lock:
         _queues.setdefault((device, stream), deque()).append((event, owners))
+
+
+def keep_until(event: Any, owners: list[Any]) -> None:
+    """Keeps objects until an event. Takes no lock, so that the end of an object may call it."""
+    _clear_at_exit()
+    _queues[_EVENT, id(event)] = deque([(event, owners)])
 
 
 def release_finished(device: int, stream: int) -> None:

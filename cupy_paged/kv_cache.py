@@ -9,55 +9,19 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import cache_picture, checks, gpu
-from cupy_paged.arrays import HOST, Array, array, is_array, location
+from cupy_paged.arrays import HOST
 from cupy_paged.attention import paged_attention
-from cupy_paged.batches import Batch, Buffers, current_for, on_host
+from cupy_paged.batches import Batch, Buffers, on_host
 from cupy_paged.block_ops import copy_blocks
+from cupy_paged.cache_memory import CacheMemory
 from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
-from cupy_paged.dtypes import FLOATS, FP8, itemsize
-from cupy_paged.layouts import LAYOUTS, geometry
-from cupy_paged.results import empty
+from cupy_paged.cache_options import dtype_of, leader_of, scales_of
+from cupy_paged.host_copies import HostCopies
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
 from cupy_paged.streams import launch_stream
 
-FRAMEWORKS = ("numpy", "cupy", "torch")
-
-_NAN = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000}
-_NAN_FP8 = 0x7F
 _SMALLEST_BUFFERS = 16
-
-
-def storage_dtype(dtype: str) -> str:
-    """Dtype of the arrays of a cache of `dtype`.
-
-    Raises ValueError for what no cache can hold.
-    """
-    if dtype in FP8:
-        return "uint8"
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype: got {dtype!r}, needs one of {', '.join([*FLOATS, *FP8])}")
-    return dtype
-
-
-def cache_shapes(
-    layout: str, num_blocks: int, num_kv_heads: int, head_size: int, block_size: int, dtype: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a key and a value cache of `dtype` in `layout`, see cupy_paged.layouts."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: unknown {layout!r}, needs one of {', '.join(LAYOUTS)}")
-    if layout == "HND":
-        return ((num_blocks, num_kv_heads, block_size, head_size),) * 2
-    if layout == "NHD":
-        return ((num_blocks, block_size, num_kv_heads, head_size),) * 2
-    x = 16 // itemsize(storage_dtype(dtype))
-    if head_size % x:
-        raise ValueError(
-            f'head_size: got {head_size}, layout "vllm" of {dtype} needs a multiple of {x}'
-        )
-    return (
-        (num_blocks, num_kv_heads, head_size // x, block_size, x),
-        (num_blocks, num_kv_heads, head_size, block_size),
-    )
+_NONE = np.empty(0, np.int64)
 
 
 class PagedKVCache:
@@ -82,10 +46,13 @@ class PagedKVCache:
     device           device number for CuPy, anything torch.device takes for torch
     k_scale,         what a cached 1.0 stands for in fp8: a number or one-element float32 array, or
     v_scale          a list with one for each layer
-    max_num_seqs,    most rows and tokens of a batch, and most tokens of a sequence (rounded up to
-    max_num_tokens,  whole blocks). With all three, the arrays of batches keep their addresses, as
-    max_seq_len      CUDA graphs need it; otherwise they move when they are outgrown
+    max_num_seqs,    most rows of a batch (with `each_token` each token has one), most tokens of a
+    max_num_tokens,  batch, and most tokens of a sequence (rounded up to whole blocks). With all
+    max_seq_len      three, the arrays of batches keep their addresses, as CUDA graphs need it;
+                     otherwise they move when they are outgrown
     prefix_caching   whether full blocks are found again by their tokens, see `add`
+    num_host_blocks  blocks on the host, to which sequences can be moved, see `offload`. They take
+                     `block_bytes` each, of pinned memory where the cache is on a GPU
     poison           a means of testing: what is dead is NaN, so that reading it shows
 
     A step: `append` what is to be computed, take a `batch`, `write` and `attend` in each layer.
@@ -114,6 +81,7 @@ class PagedKVCache:
         max_num_tokens: int | None = None,
         max_seq_len: int | None = None,
         prefix_caching: bool = True,
+        num_host_blocks: int = 0,
         poison: bool = False,
     ) -> None:
         sizes = {
@@ -129,33 +97,38 @@ class PagedKVCache:
         for name, bound in bounds.items():
             if bound is not None:
                 checks.is_int(bound, name, 1)
-        if like is None:
-            like = _array_of(framework, device)
-        elif framework is not None or device is not None:
-            raise TypeError("like: says framework and device, needs to come without them")
-        self._leader = _leader(like)
-        self.dtype = _dtype(dtype, self._leader, framework)
-        shape = (num_kv_heads, head_size, block_size, self.dtype)
-        self._check_shapes(layout, cache_shapes(layout, 0, *shape))
-
+        checks.is_int(num_host_blocks, "num_host_blocks", 0)
+        self._leader = leader_of(like, framework, device)
+        self.dtype = dtype_of(dtype, self._leader, framework)
         self.layout = layout
         self.num_layers, self.num_blocks = num_layers, num_blocks
         self.num_kv_heads, self.head_size, self.block_size = num_kv_heads, head_size, block_size
-        self._scales = [
-            (_of_layer(k_scale, "k_scale", layer, num_layers),
-             _of_layer(v_scale, "v_scale", layer, num_layers))
-            for layer in range(num_layers)
-        ]  # fmt: skip
-        shapes = cache_shapes(layout, num_blocks, *shape)
-        self.key_caches = [self._allocate("key_cache", shapes[0]) for _ in range(num_layers)]
-        self.value_caches = [self._allocate("value_cache", shapes[1]) for _ in range(num_layers)]
+        self.num_host_blocks = num_host_blocks
+        self._scales = list(
+            zip(
+                scales_of(k_scale, "k_scale", num_layers, self._leader),
+                scales_of(v_scale, "v_scale", num_layers, self._leader),
+                strict=True,
+            )
+        )
+        self._memory = CacheMemory(
+            self._leader, num_layers, layout, num_blocks, self.dtype, num_kv_heads=num_kv_heads,
+            head_size=head_size, block_size=block_size,
+        )  # fmt: skip
+        self.key_caches = self._memory.key_caches
+        self.value_caches = self._memory.value_caches
         if poison:
-            self._fill_with_nan(...)
+            self._memory.fill_with_nan(..., self._stream())
+        self._host: HostCopies | None = None
+        if num_host_blocks:
+            self._host = HostCopies(self._memory.whole, num_host_blocks)
 
         max_blocks = None if max_seq_len is None else -(-max_seq_len // block_size)
         self.pool = SequencePool(
             num_blocks, block_size, max_blocks=max_blocks, copy=_weakly(self._copy_later),
+            copy_out=_weakly(self._copy_out), copy_in=_weakly(self._copy_in),
             dead=_weakly(self._poison) if poison else _nothing, prefix_caching=prefix_caching,
+            num_host_blocks=num_host_blocks,
         )  # fmt: skip
         self._max_num_seqs, self._max_num_tokens = max_num_seqs, max_num_tokens
         self._max_seq_len = None if max_blocks is None else self.pool.max_blocks * block_size
@@ -204,6 +177,39 @@ class PagedKVCache:
         """
         self.pool.free(sequence)
 
+    def offload(self, sequence: Sequence) -> None:
+        """Moves a sequence to the host, and frees its blocks: it waits there for `restore`.
+
+        What is written of it is copied, and what is pending stays so, with no room held for it.
+        Sequences that begin alike share their full blocks on the host, too; blocks that others use
+        on the device stay there for them. Until it is restored the sequence can be truncated and
+        freed, and nothing else; a step that it is part of must be written, or given up.
+
+        Nobody waits: the copies run on a stream of their own, after all that was queued on the
+        stream of the last batch or write, and beside what is queued later. Only work that goes into
+        one of the blocks that are being copied is queued behind them.
+
+        Raises OutOfBlocks (of kind "host") where the host has no room now, NeverFits where it never
+        will have; then nothing has changed. ValueError for a sequence that is offloaded already, or
+        a cache without `num_host_blocks`; RuntimeError while a CUDA graph is being captured.
+        """
+        self._check_outside_of_capture("offload", *self._streams())
+        self.pool.offload(sequence)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Brings an offloaded sequence back, into new blocks.
+
+        Its full blocks that are in the cache still, or again, are shared; the others are copied,
+        beside the steps, as in `offload`. Batches that use one of these blocks wait for the copies
+        on their stream, others do not: restore a sequence some steps before it goes on, and nothing
+        waits. The batch taken before is over then, so restore first, and take the batch after.
+
+        Raises OutOfBlocks where the blocks are not there now; then nothing has changed. ValueError
+        for a sequence that was not offloaded, RuntimeError while a CUDA graph is being captured.
+        """
+        self._check_outside_of_capture("restore", *self._streams())
+        self.pool.restore(sequence)
+
     # ---- steps ----
 
     def batch(
@@ -219,7 +225,9 @@ class PagedKVCache:
         """The pending tokens of some sequences, and what attention has to know of them.
 
         each_token    a row for each token, which attends to all up to itself, as in a prompt;
-                      otherwise a row for each sequence, which attends from its last token
+                      otherwise a row for each sequence, which attends from its last token. Each
+                      row is sent a block table of its own: compute long prompts in parts, by
+                      `max_tokens`
         max_tokens    takes no more tokens than that, in order; the others stay pending
         num_seqs,     pads rows and tokens to so many, for a CUDA graph of a fixed size: padded
         num_tokens    rows have length 0, and padded tokens go nowhere
@@ -227,11 +235,11 @@ class PagedKVCache:
                       framework
 
         The arrays are the cache's own: each batch takes the place of the one before.
-        Raises ValueError for a batch beyond `max_num_seqs` or `max_num_tokens`, RuntimeError while
-        a CUDA graph is being captured.
+        Raises ValueError for a batch beyond `max_num_seqs` or `max_num_tokens` and for a sequence
+        that is offloaded, RuntimeError while a CUDA graph is being captured.
         """
         for sequence in sequences:
-            self.pool.check(sequence)
+            self.pool.check_on_device(sequence)
         host = on_host(sequences, self.block_size, each_token, max_tokens, num_seqs, num_tokens)
         for name, got, most in (
             ("max_num_seqs", len(host.seq_lens), self._max_num_seqs),
@@ -240,13 +248,12 @@ class PagedKVCache:
             if most is not None and got > most:
                 raise ValueError(f"{name}: the batch has {got}, the cache was made for {most}")
         stream = self._stream(stream)
-        if self._is_capturing(stream):
-            raise RuntimeError("a batch is taken from the host, needs to be outside of the capture")
+        self._check_outside_of_capture("batch", stream)
         self._copy_now(stream)
+        written = host.tokens[0][host.tokens[0] >= 0] // self.block_size
+        self._await_host_copies(stream, reads=host.blocks, writes=written)
         self._last_stream = stream
         if self._buffers is None or not self._buffers.fits(host):
-            if self._buffers is not None:
-                self._buffers.finish()
             self._buffers = self._new_buffers(len(host.seq_lens), host.tokens.shape[1], stream)
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
         self._batch = self._buffers.fill(host, longest, stream)
@@ -292,8 +299,8 @@ class PagedKVCache:
         """Says that a batch is written in all layers: its tokens are pending no more.
 
         Only then can other sequences find its full blocks. `write` does this by itself; after the
-        replay of a CUDA graph, or with writers of your own, call it. A sequence that was freed or
-        truncated since is left out.
+        replay of a CUDA graph, or with writers of your own, call it. A sequence that was freed,
+        truncated or offloaded since is left out.
         """
         for sequence, end, version in batch.ends:
             if sequence.pool is self.pool and sequence.version == version:
@@ -317,19 +324,23 @@ class PagedKVCache:
         return self.pool.allocator.num_available
 
     @property
+    def num_host_available(self) -> int:
+        """Blocks that the host has room for."""
+        return self.pool.host.allocator.num_available if self.pool.host else 0
+
+    @property
     def statistics(self) -> Statistics:
-        """What prefix caching has done so far."""
+        """What prefix caching and offloading have done so far."""
         return self.pool.statistics
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers, keys and values."""
-        elements = 2 * self.num_layers * self.num_kv_heads * self.head_size * self.block_size
-        return elements * itemsize(storage_dtype(self.dtype))
+        return self._memory.block_bytes
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays of keys and values."""
+        """Bytes of all arrays of keys and values, without those on the host."""
         return self.num_blocks * self.block_bytes
 
     @property
@@ -352,19 +363,12 @@ class PagedKVCache:
         device = self._leader.device
         return device is not HOST and gpu.is_capturing(device, stream)
 
+    def _check_outside_of_capture(self, what: str, *streams: int) -> None:
+        if any(map(self._is_capturing, streams)):
+            raise RuntimeError(f"{what}: is done from the host, needs to be outside of the capture")
+
     def _storage(self, layer: int) -> tuple[str, Any, Any]:
         return (self.dtype, *self._scales[layer])
-
-    def _allocate(self, name: str, shape: tuple[int, ...]) -> Any:
-        stream = launch_stream(self._leader.owner, None)
-        return empty(self._leader, name, shape, storage_dtype(self.dtype), stream).owner
-
-    def _check_shapes(self, layout: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-        key, value = (
-            array(self._allocate(name, shape), name)
-            for name, shape in zip(("key_cache", "value_cache"), shapes, strict=True)
-        )
-        geometry(layout, key, value, storage_dtype(self.dtype))
 
     def _new_buffers(self, num_rows: int, num_tokens: int, stream: int) -> Buffers:
         old = self._buffers
@@ -415,30 +419,37 @@ class PagedKVCache:
         if not self._copies:
             return
         block_mapping = np.array([*zip(self._copies.values(), self._copies, strict=True)], np.int64)
+        self._await_host_copies(stream, reads=block_mapping[:, 0], writes=block_mapping[:, 1])
         copy_blocks(
             self.key_caches, self.value_caches, block_mapping, layout=self.layout, stream=stream
         )  # fmt: skip
         self._copies.clear()
         self._copied.clear()
 
-    def _bits(self) -> list[Any]:
-        """All caches as integers, over the same memory."""
-        name = {1: "uint8", 2: "int16", 4: "int32"}[itemsize(storage_dtype(self.dtype))]
-        kind: Any = np.dtype(name)
-        if self._leader.framework == "torch":
-            import torch
-
-            kind = getattr(torch, name)
-        return [cache.view(kind) for cache in (*self.key_caches, *self.value_caches)]
-
     def _poison(self, block: int) -> None:
         self._copy_early()  # may be from this block
-        self._fill_with_nan(block)
+        stream = self._stream()
+        self._await_host_copies(stream, reads=_NONE, writes=np.array([block]))
+        self._memory.fill_with_nan(block, stream)
 
-    def _fill_with_nan(self, blocks: Any) -> None:
-        with current_for(self._leader, self._stream()):
-            for bits in self._bits():
-                bits[blocks] = _NAN.get(self.dtype, _NAN_FP8)
+    # Copies to the host and back are queued at once, after what the steps were given before.
+
+    def _copy_out(self, pairs: list[tuple[int, int]]) -> None:
+        self._copy_early()  # may be into one of these blocks
+        self._host.copy_out(pairs, self._streams())
+
+    def _copy_in(self, pairs: list[tuple[int, int]]) -> None:
+        self._copy_early()  # may be from or into one of these blocks
+        self._batch = None  # may write into one of them, which was freed since
+        self._host.copy_in(pairs, self._streams())
+
+    def _streams(self) -> set[int]:
+        current = self._stream()
+        return {current, current if self._last_stream is None else self._last_stream}
+
+    def _await_host_copies(self, stream: int, *, reads: np.ndarray, writes: np.ndarray) -> None:
+        if self._host is not None:
+            self._host.be_awaited(stream, reads=reads, writes=writes)
 
 
 def _nothing(block: int) -> None:
@@ -449,63 +460,3 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     """The method, without keeping its object: a cache must go with its last reference."""
     ref = weakref.WeakMethod(method)
     return lambda *arguments: ref()(*arguments)
-
-
-def _array_of(framework: str | None, device: Any) -> Any:
-    """An empty array of a framework, by name."""
-    if framework == "jax":
-        raise _immutable("framework")
-    if framework not in FRAMEWORKS:
-        raise ValueError(
-            f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"
-        )
-    if framework == "cupy":
-        with gpu.on(device):
-            return gpu.cupy().empty(0, np.float32)
-    if framework == "torch":
-        import torch
-
-        return torch.empty(0, dtype=torch.float32, device=device)
-    if device is not None:
-        raise ValueError(f"device: got {device!r}, but NumPy arrays are on the host")
-    return np.empty(0, np.float32)
-
-
-def _leader(like: Any) -> Array:
-    if not is_array(like):
-        raise TypeError(f"like: got {type(like).__name__}, needs an array")
-    framework, _ = location(like)
-    if framework == "jax":
-        raise _immutable("like")
-    if framework not in FRAMEWORKS:
-        raise TypeError(
-            f"like: is an array by protocol alone, needs to be of {', '.join(FRAMEWORKS)}"
-        )
-    leader = array(like, "like")
-    # Only where it is counts: the array itself may go.
-    stand_in = empty(leader, "like", (0,), "uint8", launch_stream(like, None))
-    return leader._replace(owner=stand_in.owner, bits=stand_in.bits)
-
-
-def _immutable(name: str) -> TypeError:
-    return TypeError(
-        f"{name}: JAX arrays are immutable and cannot hold a cache; make it with "
-        'framework="cupy" ("numpy" on the host), and write and attend with JAX arrays'
-    )
-
-
-def _dtype(dtype: str | None, leader: Array, framework: str | None) -> str:
-    if dtype is None:
-        if framework is not None or leader.dtype not in FLOATS:
-            raise ValueError(f"dtype: needs one of {', '.join([*FLOATS, *FP8])}")
-        return leader.dtype
-    storage_dtype(dtype)
-    return dtype
-
-
-def _of_layer(scale: Any, name: str, layer: int, num_layers: int) -> Any:
-    if not isinstance(scale, list | tuple):
-        return scale
-    if len(scale) != num_layers:
-        raise ValueError(f"{name}: {len(scale)} scales, needs one, or one for each of {num_layers}")
-    return scale[layer]

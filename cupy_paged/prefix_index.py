@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
+UNKNOWN = -1
+"""Stands for a token whose id the caller did not give. Its block is never found by content."""
+
 
 def content_hash(parent_hash: int, tokens: tuple[int, ...]) -> int:
     """Hash of a block's content, chained over its parents."""
@@ -93,6 +96,30 @@ class PrefixIndex:
             if isinstance(parent, Entry):
                 parent.children[entry] = None
         return entry
+
+    def extend(
+        self,
+        entries: list[Entry],
+        tokens: Sequence[int],
+        num_tokens: int,
+        salt: Hashable,
+        blocks: Sequence[int],
+    ) -> None:
+        """Adds to the entries of a sequence's first blocks those of its other full blocks.
+
+        entries       of so many of its blocks, one after the other
+        num_tokens    of the tokens, so many count
+        blocks        where the tokens are, from the first one on
+
+        Ends before a token of unknown id. Where an entry of the same content is there already, that
+        one is added: its block is another.
+        """
+        size = self.block_size
+        for i in range(len(entries), num_tokens // size):
+            content = tuple(tokens[i * size : (i + 1) * size])
+            if UNKNOWN in content:
+                break
+            entries.append(self.insert(entries[-1] if entries else salt, content, blocks[i]))
 
     def remove(self, block: int) -> Iterable[int]:
         """Removes a block's entry, and those after it, which no lookup could reach any more.

@@ -6,9 +6,9 @@ import argparse
 import re
 from typing import NamedTuple
 
+from cupy_paged.cache_memory import cache_shapes, storage_dtype
 from cupy_paged.cache_picture import num_bytes
 from cupy_paged.dtypes import FLOATS, FP8, itemsize
-from cupy_paged.kv_cache import storage_dtype
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -46,7 +46,10 @@ def fit(
 
     >>> fit(2**30, layers=32, kv_heads=8, head_size=128, block_size=16, dtype="float16").num_tokens
     8192
+
+    Raises ValueError for a shape that no cache can have.
     """
+    cache_shapes("HND", 0, kv_heads, head_size, block_size, dtype)
     token_bytes = 2 * layers * kv_heads * head_size * itemsize(storage_dtype(dtype))
     return Size(memory, block_size, token_bytes)
 
@@ -99,14 +102,18 @@ def run(arguments: argparse.Namespace) -> int:
             )
             return 1
         where = f"free on cuda:{arguments.device}"
-    size = fit(
-        memory,
-        layers=arguments.layers,
-        kv_heads=arguments.kv_heads,
-        head_size=arguments.head_size,
-        block_size=arguments.block_size,
-        dtype=arguments.dtype,
-    )
+    try:
+        size = fit(
+            memory,
+            layers=arguments.layers,
+            kv_heads=arguments.kv_heads,
+            head_size=arguments.head_size,
+            block_size=arguments.block_size,
+            dtype=arguments.dtype,
+        )
+    except ValueError as error:
+        print(error)
+        return 1
     print(report(size, arguments.max_len, where))
     return 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_paged import gpu
+from cupy_paged import gpu, in_flight
 
 NUM_SLOTS = 4
 """How many sendings may be on their way before the next waits for the first of them."""
@@ -30,15 +32,19 @@ class Staging:
     A copy out of pageable memory may wait for all that its stream was given before.
 
     num_bytes    most that one sending may have, see `num_bytes`
+    targets      what owns the memory that is sent to, for as long as something is on its way
     """
 
-    def __init__(self, device: int, num_bytes: int) -> None:
+    def __init__(self, device: int, num_bytes: int, targets: Iterable[Any] = ()) -> None:
         self._device = device
         with gpu.on(device):
             pinned = [gpu.cupy().cuda.alloc_pinned_memory(num_bytes) for _ in range(NUM_SLOTS)]
         self._memory = [np.frombuffer(memory, np.uint8, num_bytes) for memory in pinned]
         self._sent: list[Any] = [None] * NUM_SLOTS
         self._slots = itertools.cycle(range(NUM_SLOTS))
+        # Pools lend both memories again at once, when the last reference to them goes.
+        end = weakref.finalize(self, _keep_until_sent, self._sent, [*pinned, *targets])
+        end.atexit = False
 
     @staticmethod
     def num_bytes(*arrays: tuple[int, np.dtype]) -> int:
@@ -66,8 +72,8 @@ class Staging:
             start += self.num_bytes((rows.size, rows.dtype))
         self._sent[slot] = gpu.record(self._device, stream)
 
-    def finish(self) -> None:
-        """Waits for what is on its way. Pinned memory is lent again at once by CuPy's pool."""
-        for event in self._sent:
-            if event is not None:
-                event.synchronize()
+
+def _keep_until_sent(sent: list[Any], owners: list[Any]) -> None:
+    for event in sent:
+        if event is not None and not event.done:
+            in_flight.keep_until(event, owners)

@@ -128,6 +128,16 @@ def test_wrong_calls_change_nothing(call, words):
     assert state(pool) == before
 
 
+@pytest.mark.parametrize("count", [1.5, "2", None, True])
+def test_counts_are_ints(count):
+    pool = BlockAllocator(8)
+    with pytest.raises(TypeError, match=r"^count: got .*, needs an int"):
+        pool.allocate(count)
+    with pytest.raises(TypeError, match=r"^num_blocks: got .*, needs an int"):
+        BlockAllocator(count)
+    assert pool.num_free == 8
+
+
 def test_shared_block_is_freed_by_each_holder_once():
     pool = BlockAllocator(2)
     held = pool.allocate(1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
-from cupy_paged import PagedKVCache, cache_picture, gpu, staging
+from cupy_paged import PagedKVCache, cache_picture, gpu, in_flight, staging
 from support import compare, frameworks
 from support.fake_cupy import FakeCuPy
 from support.kv_cache_suite import KVCacheSuite, Story
@@ -130,7 +130,9 @@ def test_a_step_whose_blocks_were_given_away_cannot_be_written(poison):
 
 def test_a_cache_goes_with_its_last_reference_and_does_not_hold_on_to_like():
     like = np.ones(4, np.float32)
-    cache = PagedKVCache(1, 8, num_kv_heads=2, head_size=8, like=like, poison=True)
+    shape = {"num_kv_heads": 2, "head_size": 8}
+    cache = PagedKVCache(1, 8, **shape, like=like, num_host_blocks=4, poison=True)
+    cache.offload(cache.add([1]))
     gone = weakref.ref(like)
     del like
     assert gone() is None
@@ -201,6 +203,13 @@ def test_jax_cannot_hold_a_cache_but_use_one():
         ({"like": np.zeros(1)}, TypeError, "needs to come without them"),
         ({"framework": None, "like": 3}, TypeError, "like: got int"),
         ({"k_scale": [1.0, 2.0]}, ValueError, "k_scale: 2 scales"),
+        ({"k_scale": -1}, ValueError, "k_scale: got -1, needs a positive float32"),
+        ({"v_scale": 0}, ValueError, "v_scale: got 0, needs a positive"),
+        ({"k_scale": float("nan")}, ValueError, "k_scale: got nan, needs a finite float32"),
+        ({"v_scale": "1"}, TypeError, "v_scale: got '1', needs a number"),
+        ({"k_scale": [None]}, TypeError, r"k_scale\[0\]: got None, needs a number"),
+        ({"v_scale": np.ones(2, np.float32)}, ValueError, "v_scale: shape .2,., needs one element"),
+        ({"num_host_blocks": 1.5}, TypeError, "num_host_blocks: got 1.5, needs an int"),
     ],
 )
 def test_wrong_arguments(options, error, words):
@@ -332,9 +341,14 @@ def fake(monkeypatch):
         def __init__(self, disable_timing):
             assert disable_timing
 
+        @property
+        def done(self):
+            return not fake.queued
+
         def synchronize(self):
             run()
 
+    monkeypatch.setattr(in_flight, "_queues", {})
     fake.run = run
     fake.cuda.Event = Event
     fake.cuda.runtime.memcpy2DAsync = memcpy2d_async

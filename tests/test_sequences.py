@@ -23,6 +23,9 @@ NUM_STEPS = 100_000
         (60, 1, {}),
         (40, 2, {"max_blocks": 9}),
         (24, 4, {"prefix_caching": False}),
+        (24, 4, {"num_host_blocks": 9}),
+        (7, 3, {"num_host_blocks": 3}),
+        (24, 2, {"prefix_caching": False, "num_host_blocks": 7}),
     ],
 )
 def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options):
@@ -34,7 +37,12 @@ def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options):
     fuzzer.model.check_all()
     outcomes = fuzzer.model.outcomes
     hits = {"prefix hit"} if options.get("prefix_caching", True) else set()
-    for kind in {"out of blocks", "never fits", "no hit", "forked", "truncated", "freed"} | hits:
+    kinds = {"out of cache blocks", "never fits", "no hit", "forked", "truncated", "freed"} | hits
+    if options.get("num_host_blocks"):
+        kinds |= {"out of host blocks", "offloaded", "restored"}
+        found = fuzzer.model.pool.statistics
+        assert 100 < found.restored < found.offloaded
+    for kind in kinds:
         assert outcomes[kind] > 100, (kind, outcomes)
     assert (fuzzer.model.pool.statistics.copies > 100) == (block_size > 1)
     for sequence in list(fuzzer.model.sequences):
@@ -43,6 +51,9 @@ def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options):
     fuzzer.model.check_all()
     assert fuzzer.model.pool.allocator.num_free == num_blocks
     assert len(fuzzer.model.pool.index) == 0
+    if fuzzer.model.pool.host is not None:
+        assert fuzzer.model.pool.host.allocator.num_used == 0
+        assert len(fuzzer.model.pool.host._index) == 0
 
 
 def test_collisions_of_hashes_change_nothing(monkeypatch, seed):
@@ -66,7 +77,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.model = PoolModel(num_blocks=6, block_size=2)
+        self.model = PoolModel(num_blocks=6, block_size=2, num_host_blocks=4)
 
     def pick(self, data):
         return data.draw(st.sampled_from(self.model.sequences))
@@ -84,6 +95,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def write(self, data):
         sequence = self.pick(data)
+        if sequence.is_offloaded:
+            return
         self.model.write(sequence, data.draw(st.integers(sequence.num_written, len(sequence))))
 
     @precondition(lambda self: self.model.sequences)
@@ -96,6 +109,16 @@ class PoolMachine(RuleBasedStateMachine):
     def truncate(self, data):
         sequence = self.pick(data)
         self.model.truncate(sequence, data.draw(st.integers(0, len(sequence))))
+
+    @precondition(lambda self: self.model.sequences)
+    @rule(data=st.data())
+    def offload(self, data):
+        self.model.offload(self.pick(data))
+
+    @precondition(lambda self: self.model.sequences)
+    @rule(data=st.data())
+    def restore(self, data):
+        self.model.restore(self.pick(data))
 
     @precondition(lambda self: self.model.sequences)
     @rule(data=st.data())
@@ -261,6 +284,9 @@ def test_wrong_sequences_and_tokens():
         pool.add(count=-1)
     with pytest.raises(TypeError):
         pool.add([1.5])
+    for call in (lambda: pool.add(count=1.5), lambda: pool.append(sequence, count=1.5)):
+        with pytest.raises(TypeError, match=r"^count: got 1\.5, needs an int"):
+            call()
     with pytest.raises(TypeError, match="unhashable"):
         pool.add([1], salt=[])
     assert repr(sequence) == "<Sequence of 1 tokens in 1 blocks, 1 pending>"
@@ -283,3 +309,107 @@ def test_token_ids_have_63_bits():
     pool.add([2**63 - 1])
     with pytest.raises(ValueError, match=f"^tokens: got id {2**63},"):
         pool.add([1, 2**63])
+
+
+# ---- on the host ----
+
+
+def test_an_offloaded_sequence_gives_up_its_blocks_and_gets_them_back():
+    copied = []
+    pool = SequencePool(
+        8, 4, num_host_blocks=8, copy_out=lambda pairs: copied.append(("out", pairs)),
+        copy_in=lambda pairs: copied.append(("in", pairs)), prefix_caching=False,
+    )  # fmt: skip
+    sequence = written(pool, range(10))
+    pool.append(sequence, range(7))  # a block more, of pending tokens alone
+    blocks = list(sequence.blocks)
+    pool.offload(sequence)
+    assert (pool.allocator.num_free, len(sequence.blocks)) == (8, 0)
+    assert repr(sequence) == "<Sequence of 17 tokens in 3 host blocks, 7 pending>"
+    assert copied == [("out", list(zip(blocks, sequence.host_blocks, strict=False)))]
+    host_blocks = list(sequence.host_blocks)
+    pool.restore(sequence)
+    assert (len(sequence.blocks), sequence.num_pending) == (5, 7)
+    assert copied[1:] == [("in", list(zip(host_blocks, sequence.blocks, strict=False)))]
+    assert pool.host.allocator.num_free == 8
+    assert (pool.statistics.offloaded, pool.statistics.restored) == (3, 3)
+
+
+def test_what_is_still_cached_is_found_when_a_sequence_is_restored():
+    pool = SequencePool(8, 4, num_host_blocks=8)
+    sequence = written(pool, range(10))
+    blocks = list(sequence.blocks)
+    pool.offload(sequence)
+    assert (pool.allocator.num_kept, pool.allocator.num_used) == (2, 0)
+    pool.restore(sequence)
+    assert list(sequence.blocks)[:2] == blocks[:2]
+    assert (pool.statistics.offloaded, pool.statistics.restored) == (3, 1)
+    pool.offload(sequence)
+    pool.free(pool.add(range(100, 132)))  # the whole cache
+    pool.restore(sequence)
+    assert pool.statistics.restored == 4
+    assert pool.add(range(10)).num_cached == 8
+
+
+def test_a_prefix_stays_for_the_others_and_is_on_the_host_once():
+    pool = SequencePool(16, 4, num_host_blocks=4)
+    first = written(pool, range(9))
+    twin = pool.fork(first)
+    pool.offload(first)
+    assert pool.allocator.num_used == len(twin.blocks) == 3
+    pool.offload(twin)
+    assert pool.allocator.num_used == 0
+    assert list(first.host_blocks)[:2] == list(twin.host_blocks)[:2]
+    assert (pool.host.allocator.num_free, pool.statistics.offloaded) == (0, 4)
+    pool.allocator.evict()
+    pool.restore(twin)
+    pool.restore(first)
+    assert list(first.blocks)[:2] == list(twin.blocks)[:2]
+    assert (pool.statistics.restored, pool.host.allocator.num_free) == (4, 4)
+
+
+def test_offloaded_sequences_can_be_truncated_and_freed():
+    pool = SequencePool(8, 4, num_host_blocks=8)
+    sequence = written(pool, range(10))
+    pool.append(sequence, [1, 2])
+    pool.offload(sequence)
+    pool.truncate(sequence, 11)
+    assert (len(sequence.host_blocks), sequence.num_pending) == (3, 1)
+    pool.truncate(sequence, 6)
+    assert (len(sequence.host_blocks), sequence.num_pending) == (2, 0)
+    pool.restore(sequence)
+    assert (len(sequence.blocks), len(sequence)) == (2, 6)
+    pool.offload(sequence)
+    pool.free(sequence)
+    assert pool.host.allocator.num_free == 8
+
+
+def test_what_an_offloaded_sequence_cannot_do():
+    pool = SequencePool(8, 4, num_host_blocks=2)
+    sequence = written(pool, range(6))
+    with pytest.raises(ValueError, match="was not offloaded, has nothing to be restored"):
+        pool.restore(sequence)
+    pool.offload(sequence)
+    for call in (
+        lambda: pool.append(sequence, [1]),
+        lambda: pool.fork(sequence),
+        lambda: pool.commit(sequence, 6),
+        lambda: pool.offload(sequence),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^sequence: is offloaded, needs to be restored first"
+        ):
+            call()
+    with pytest.raises(
+        OutOfBlocks, match="out of host blocks: 1 needed, 0 free, 2 in all"
+    ) as caught:
+        pool.offload(written(pool, range(100, 103)))
+    assert caught.value.kind == "host"
+    with pytest.raises(NeverFits, match="can never fit: 3 host blocks needed, 2 in all"):
+        pool.offload(written(pool, range(200, 210)))
+    pool.add(range(300, 312))
+    with pytest.raises(OutOfBlocks, match="out of cache blocks: 1 needed, 0 free, 8 in all"):
+        pool.restore(sequence)
+    with pytest.raises(ValueError, match="num_host_blocks: is 0"):
+        pool = SequencePool(8, 4)
+        pool.offload(pool.add([1]))

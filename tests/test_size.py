@@ -70,3 +70,16 @@ def test_wrong_shape(capsys):
     with pytest.raises(SystemExit):
         __main__.main(["size", "--layers", "0", "--kv-heads", "8", "--head-size", "128"])
     assert "argument --layers: got 0, needs at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (["--head-size", "127"], "head_size 127 is not supported, needs a multiple of 8"),
+        (["--head-size", "520"], "head_size 520 is not supported"),
+        (["--block-size", "1000"], "block_size 1000 is not supported, needs 1 to 256"),
+    ],
+)
+def test_shapes_that_no_cache_can_have(shape, words, capsys):
+    assert __main__.main([*SHAPE, "--memory", "40GiB", *shape]) == 1
+    assert words in capsys.readouterr().out

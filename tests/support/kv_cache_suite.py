@@ -125,6 +125,10 @@ class Story:
             out[head], *_ = oracle.softmax_sum(logits, value[:, kv_head])
         return out
 
+    def on_device(self):
+        """The sequences that are not offloaded."""
+        return [s for s in self.cache.sequences if not s.is_offloaded]
+
     def attempt(self):
         """One random operation on the sequences, which may find no room."""
         cache, draw = self.cache, self.random
@@ -134,7 +138,16 @@ class Story:
             return
         sequence = draw.choice(cache.sequences)
         kind = draw.random()
-        if kind < 0.5:
+        if sequence.is_offloaded:
+            if kind < 0.7:
+                cache.restore(sequence)
+            elif kind < 0.85:
+                cache.truncate(sequence, draw.randrange(len(sequence) + 1))
+            else:
+                cache.free(sequence)
+        elif cache.num_host_blocks and draw.random() < 0.2:
+            cache.offload(sequence)
+        elif kind < 0.5:
             cache.append(sequence, [draw.randrange(3) for _ in range(draw.choice((1, 1, 5)))])
         elif kind < 0.7 and not sequence.num_pending:
             cache.fork(sequence)
@@ -147,7 +160,7 @@ class Story:
 class KVCacheSuite:
     @EVERY_STORAGE
     def test_random_story_through_attention(self, arrays, seed, dtype, layout):
-        story = Story(arrays, dtype, layout, seed=seed)
+        story = Story(arrays, dtype, layout, seed=seed, num_host_blocks=16)
         refused = 0
         for number in range(600):  # 60, and on until everything has happened
             for _ in range(story.random.randrange(1, 6)):
@@ -155,22 +168,21 @@ class KVCacheSuite:
                     story.attempt()
                 except (OutOfBlocks, NeverFits):
                     refused += 1
-            sequences = [s for s in story.cache.sequences if story.random.random() < 0.7]
-            story.step(sequences)
+            story.step([s for s in story.on_device() if story.random.random() < 0.7])
             found = story.cache.statistics
-            seen = min(refused, found.hits, found.evictions, found.copies) > 0
+            seen = min(refused, *found[:1], *found[2:]) > 0
             if seen and number >= 60:
                 break
         assert seen
 
     def test_random_story_without_poison(self, arrays, seed):
         """Copies wait for the next batch then, whatever becomes of their blocks before."""
-        story = Story(arrays, seed=seed, poison=False)
+        story = Story(arrays, seed=seed, poison=False, num_host_blocks=16)
         for _ in range(60):
             for _ in range(story.random.randrange(1, 12)):
                 with contextlib.suppress(OutOfBlocks, NeverFits):
                     story.attempt()
-            story.step(story.cache.sequences)
+            story.step(story.on_device())
 
     @pytest.mark.parametrize("length", range(9))
     def test_fork_at_every_offset(self, arrays, length):
@@ -182,6 +194,28 @@ class KVCacheSuite:
             for number, twin in enumerate(twins):
                 story.cache.append(twin, [100 * number + step])
             story.step(twins)
+
+    def test_sequences_come_back_from_the_host(self, arrays):
+        story = Story(arrays, num_host_blocks=24, prefix_caching=False)
+        cache = story.cache
+        sequences = [cache.add(range(start, start + 9)) for start in (0, 50)]
+        story.step(sequences)
+        sequences.append(cache.fork(sequences[0]))
+        for step in range(8):
+            for number, sequence in enumerate(sequences):
+                cache.append(sequence, [100 * number + step])
+            for sequence in sequences[step % 2 :]:  # some with a copy that waits for the batch
+                cache.offload(sequence)
+            story.step(story.on_device())
+            if step == 5:  # all blocks are used once between
+                other = cache.add(count=4 * cache.num_available)
+                cache.batch([other])
+                cache.free(other)
+            for sequence in sequences[step % 2 :]:
+                cache.restore(sequence)
+            story.step(sequences)
+        assert cache.num_host_available == 24
+        assert cache.statistics.restored == cache.statistics.offloaded > 40
 
     def test_chunks_of_a_prompt_in_padded_batches(self, arrays):
         story = Story(arrays)

@@ -2,8 +2,9 @@
 
 The model knows each sequence as the list of its tokens, and shadows the cache: every slot holds a
 tag of the token written there and of all tokens before it, dead blocks hold nothing. Whatever a
-sequence reads must be its own tags. (HAZARDS of such systems: double frees, evicted blocks that are
-still found, shared tails, collisions, half-done allocations, stale blocks.)
+sequence reads must be its own tags, and so must what waits for it on the host. (HAZARDS of such
+systems: double frees, evicted blocks that are still found, shared tails, collisions, half-done
+allocations, stale blocks.)
 """
 
 import random
@@ -18,11 +19,15 @@ DEAD = None
 class PoolModel:
     """Drives a pool; each method is one operation and its checks."""
 
-    def __init__(self, num_blocks, block_size, *, max_blocks=None, prefix_caching=True):
+    def __init__(
+        self, num_blocks, block_size, *, max_blocks=None, prefix_caching=True, num_host_blocks=0
+    ):
         self.slots = [[DEAD] * block_size for _ in range(num_blocks)]
+        self.host_slots = [[DEAD] * block_size for _ in range(num_host_blocks)]
         self.pool = SequencePool(
             num_blocks, block_size, max_blocks=max_blocks, copy=self._copy, dead=self._die,
-            prefix_caching=prefix_caching,
+            copy_out=self._copy_out, copy_in=self._copy_in, prefix_caching=prefix_caching,
+            num_host_blocks=num_host_blocks,
         )  # fmt: skip
         self.sequences = []
         self.tokens = {}
@@ -32,6 +37,19 @@ class PoolModel:
     def _copy(self, source, destination):
         assert source != destination
         self.slots[destination][:] = self.slots[source]
+
+    def _copy_out(self, pairs):
+        for source, destination in pairs:
+            assert self.pool.allocator.ref_count(source) > 0, "copied out after it was given up"
+            assert self.pool.host.allocator.ref_count(destination) == 1
+            self.host_slots[destination][:] = self.slots[source]
+
+    def _copy_in(self, pairs):
+        for source, destination in pairs:
+            assert self.pool.host.allocator.ref_count(source) > 0, "copied in after it was given up"
+            assert self.pool.allocator.ref_count(destination) == 1, "copied into a shared block"
+            assert destination not in self.pool.index, "copied into a block that can be found"
+            self.slots[destination][:] = self.host_slots[source]
 
     def _die(self, block):
         assert self.pool.allocator.ref_count(block) == 0, "a held block died"
@@ -53,8 +71,8 @@ class PoolModel:
             return operation(*arguments, **options)
         except OutOfBlocks as error:
             assert error.needed > error.free
-            assert error.total == len(self.slots)
-            self.outcomes["out of blocks"] += 1
+            assert error.total == len(self.host_slots if error.kind == "host" else self.slots)
+            self.outcomes[f"out of {error.kind} blocks"] += 1
         except NeverFits as error:
             assert error.needed > error.total
             self.outcomes["never fits"] += 1
@@ -62,10 +80,11 @@ class PoolModel:
         return None
 
     def state(self):
-        allocator = self.pool.allocator
+        allocator, host = self.pool.allocator, self.pool.host
         return (
             allocator.num_free, allocator.num_shared, list(allocator._kept), self.pool.statistics,
             len(self.pool.index), self.pool.unused_slots, len(self.pool.sequences),
+            host and (host.allocator._refs[:], len(host._index)),
         )  # fmt: skip
 
     # ---- operations ----
@@ -83,19 +102,18 @@ class PoolModel:
         return sequence
 
     def append(self, sequence, tokens):
-        if self._try(lambda: (self.pool.append(sequence, tokens), True)) is not None:
+        if sequence.is_offloaded:
+            self._refuse(self.pool.append, sequence, tokens)
+        elif self._try(lambda: (self.pool.append(sequence, tokens), True)) is not None:
             self.outcomes["appended"] += 1
             self.tokens[sequence] += tokens
             self.tags[sequence] += self._tags(tokens, self.tags[sequence], sequence.salt)
             self.check(sequence)
 
     def fork(self, sequence):
-        if sequence.num_pending:
-            try:
-                self.pool.fork(sequence)
-            except ValueError:
-                return
-            raise AssertionError("forked with pending tokens")
+        if sequence.num_pending or sequence.is_offloaded:
+            self._refuse(self.pool.fork, sequence)
+            return
         twin = self.pool.fork(sequence)
         self.outcomes["forked"] += 1
         self.sequences.append(twin)
@@ -108,6 +126,29 @@ class PoolModel:
         self.outcomes["truncated"] += 1
         del self.tokens[sequence][num_tokens:], self.tags[sequence][num_tokens:]
         self.check(sequence)
+
+    def offload(self, sequence):
+        if sequence.is_offloaded:
+            self._refuse(self.pool.offload, sequence)
+        elif self._try(lambda: (self.pool.offload(sequence), True)) is not None:
+            self.outcomes["offloaded"] += 1
+            self.check(sequence)
+
+    def restore(self, sequence):
+        if not sequence.is_offloaded:
+            self._refuse(self.pool.restore, sequence)
+        elif self._try(lambda: (self.pool.restore(sequence), True)) is not None:
+            self.outcomes["restored"] += 1
+            self.check(sequence)
+
+    def _refuse(self, operation, *arguments):
+        before = self.state()
+        try:
+            operation(*arguments)
+        except ValueError:
+            assert self.state() == before, "a refused call has changed something"
+        else:
+            raise AssertionError(f"{operation.__name__} was not refused")
 
     def free(self, sequence):
         self.pool.free(sequence)
@@ -134,9 +175,13 @@ class PoolModel:
         """What one sequence reads: its own tags, and nothing of anybody else's."""
         block_size = self.pool.block_size
         assert sequence.tokens == self.tokens[sequence]
-        assert len(sequence.blocks) == -(-len(sequence) // block_size)
-        read = [tag for block in sequence.blocks for tag in self.slots[block]]
         written = sequence.num_written
+        slots, blocks, held = self.slots, sequence.blocks, len(sequence)
+        if sequence.is_offloaded:
+            assert not blocks
+            slots, blocks, held = self.host_slots, sequence.host_blocks, written
+        assert len(blocks) == -(-held // block_size)
+        read = [tag for block in blocks for tag in slots[block]]
         assert read[:written] == self.tags[sequence][:written], "a sequence reads what is not its"
         self.check_counts()
 
@@ -175,8 +220,18 @@ class PoolModel:
             assert self.slots[block] == self._tags(entry.content.tokens, [before[-1]], None)
         assert len(index._entries) == len(index._by_block)
         assert pool.unused_slots == sum(
-            len(s.blocks) * pool.block_size - len(s) for s in self.sequences
+            len(s.blocks) * pool.block_size - len(s) for s in self.sequences if not s.is_offloaded
         )
+        if pool.host is not None:
+            self.check_host(pool.host)
+
+    def check_host(self, host):
+        """Of the blocks on the host: the sequences that are there hold them, and nobody else."""
+        holders = Counter(block for s in self.sequences for block in s.host_blocks or ())
+        refs = [host.allocator.ref_count(block) for block in range(len(self.host_slots))]
+        assert refs == [holders[block] for block in range(len(self.host_slots))]
+        assert host.allocator.num_kept == 0
+        assert host._index._by_block.keys() <= holders.keys()
 
 
 class Fuzzer:
@@ -205,7 +260,12 @@ class Fuzzer:
         if kind < 0.42:
             few = draw.choice((1, 1, 1, 2, model.pool.block_size, 3 * model.pool.block_size))
             model.append(sequence, [draw.randrange(3) for _ in range(few)])
-        elif kind < 0.72:
+        elif kind < 0.72 and model.pool.host is not None and draw.random() < 0.2:
+            operation = model.restore if sequence.is_offloaded else model.offload
+            if draw.random() < 0.05:
+                operation = draw.choice((model.restore, model.offload))
+            operation(sequence)
+        elif kind < 0.72 and not sequence.is_offloaded:
             model.write(
                 sequence, draw.choice((len(sequence), len(sequence) - sequence.num_pending // 2))
             )
