@@ -28,6 +28,7 @@ HEADS_PER_THREAD = 8
 MMA_WORKERS = 4  # warps
 MMA_ORDERS = 3
 MMA_MAX_SLOTS = 32  # tiles in flight
+MMA_STAGED_GROUPS, MMA_GROUP = 4, 4  # of nodes, in shared memory for each worker
 RESERVED_BYTES = 1024  # of shared memory, by the system, for each thread block
 
 PARAMS = ParamStruct(
@@ -132,9 +133,10 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
     padded = not by_channel and chunks % 8
     tile_bytes = 2 * 16 * 16 * (chunks | 1 if padded else chunks)
     order_bytes = heads * (head_size + 8) * 2 + 112
-    states = max(MMA_WORKERS // 2 * heads, MMA_WORKERS * min(heads, 4 if head_size <= 128 else 2))
-    other_bytes = MMA_ORDERS * (order_bytes + 2 * 56) + states * (head_size + 4 + 2) * 4
-    other_bytes += MMA_WORKERS * heads * 4 + 16 * MMA_MAX_SLOTS + 64
+    groups = MMA_STAGED_GROUPS if shared_limit >= 160 * 1024 else 1
+    stage_bytes = groups * MMA_GROUP * (head_size * itemsize(scratch_dtype) + 8)
+    other_bytes = MMA_ORDERS * order_bytes + MMA_WORKERS // 2 * heads * (head_size + 4 + 2) * 4
+    other_bytes += MMA_WORKERS * (heads * 4 + stage_bytes) + 16 * MMA_MAX_SLOTS + 128
 
     # Two thread blocks an SM hide each other's pauses, where registers and shared memory allow. A
     # slot is one worker's, who takes its tiles in order.
@@ -156,6 +158,7 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
         heads,
         MMA_WORKERS,
         slots,
+        groups,
         "true" if sm >= 90 and by_channel and problem.block_size == 16 else "false",
         16 if problem.query_alignment == 16 else 2,
         shared_bytes,

@@ -5,6 +5,7 @@
 // Source: PTX ISA, mbarrier, cp.async.mbarrier.arrive and cp.async.bulk.
 #pragma once
 #include "arch.cuh"
+#include "copies.cuh"
 
 namespace cupy_paged {
 
@@ -46,29 +47,47 @@ struct Barrier {
 #endif
     }
 
-    __device__ void wait(uint32 parity) const {
+    // Whether a phase of this parity is past.
+    __device__ bool is_past(uint32 parity) const {
+        uint32 done = 0;
 #if SM >= 80
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(address()), "r"(parity)
+                     : "memory");
+#endif
+        return done;
+    }
+
+    __device__ void wait(uint32 parity) const {
+#if SM >= 90
         uint32 done = 0;
         while (!done)
-#if SM >= 90
             asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#else
-            asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#endif
                          : "=r"(done)
                          : "r"(address()), "r"(parity)
                          : "memory");
+#else
+        while (!is_past(parity)) continue;
 #endif
     }
 };
 
-// Queues a copy of a multiple of 16 bytes, aligned to 16 on both sides. By one thread.
+// Leaves the multiprocessor to others for some ten cycles, in a loop that asks several barriers by turns.
+__device__ inline void pause() {
+#if SM >= 70
+    __nanosleep(20);
+#endif
+}
+
+// Queues a copy of a multiple of 16 bytes, aligned to 16 on both sides and not read again soon. By one thread.
 __device__ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier& arrival) {
 #if SM >= 90
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     uint32(__cvta_generic_to_shared(shared))),
-                 "l"(global), "r"(bytes), "r"(arrival.address())
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            uint32(__cvta_generic_to_shared(shared))),
+        "l"(global), "r"(bytes), "r"(arrival.address()), "l"(read_once())
+        : "memory");
 #endif
 }
 

@@ -1,50 +1,58 @@
-// The role that counts partitions, see paged_attention_mma.cu.
+// The role that counts the nodes of sequences, see paged_attention_mma.cu.
 #pragma once
 #include "attention_params.cuh"
-#include "partition_states.cuh"
+#include "copies.cuh"
+#include "nodes.cuh"
 #include "pieces.cuh"
-#include "results.cuh"
 
 namespace cupy_paged {
 
-// A warp can sum up so many partitions by itself before anybody would miss it. Where there are more, it
-// takes all workers. Sums are in another order then, but which it is follows from the number alone.
-constexpr int FEW_PARTITIONS = 4;
-
-template <class Query, class Scratch, int HEADS, int HEAD_SIZE, class Shared>
-__device__ inline void count_partitions(const AttentionParams& p, Shared& shared) {
-    constexpr int AT_ONCE = HEADS_AT_ONCE<HEADS, HEAD_SIZE>;
+template <int HEADS, class Shared> __device__ inline void count_nodes(const AttentionParams& p, Shared& shared) {
     const int lane = threadIdx.x % WARP;
-    int posted = 0;
+    uint32 sums = 0;
+    const auto post = [&](const Piece& piece, int head, int step, bool is_last) {
+        wait_for_copies();
+        __syncwarp();
+        if (lane == 0) {
+            shared.sum_order = {piece, head, step, is_last};
+            shared.sum_full.arrive();
+        }
+        sums++;
+    };
+    const auto sum_up = [&](const Piece& piece) {
+        const SumSteps<Shared::Stage::GROUPS> steps(piece);
+        for (int head = 0; head < piece.num_heads; head += Shared::WORKERS)
+            for (int step = 0; step < steps.num_steps(); step++) {
+                shared.sum_empty.wait(sums % 2 ^ 1);
+#pragma unroll
+                for (int i = 0; i < Shared::WORKERS; i++) {
+                    const int64 row = int64(piece.seq) * p.num_heads + piece.head + head + i;
+                    if (head + i < piece.num_heads)
+                        shared.staged[i].fetch(p, row * p.max_partitions + step * steps.step, steps.count(step));
+                }
+                post(piece, head, step, false);
+            }
+    };
+
     for (uint32 number = 0;; number++) {
         auto& order = shared.order[number % Shared::ORDERS];
         const uint32 parity = number / Shared::ORDERS % 2;
         order.full.wait(parity);
         if (order.is_last) break;
         const Piece piece = order.piece;
-        if (piece.num_partitions > 1) {
-            order.stored.wait(parity);
-            bool is_last = false;
-            if (lane == 0) is_last = arrive_last(p.work->arrivals + piece.counter, piece.num_partitions);
-            is_last = __shfl_sync(ALL_LANES, int(is_last), 0);
-            __syncwarp();  // what the first lane has seen, all may read
-            if (is_last) {
-                if (piece.num_partitions <= FEW_PARTITIONS) {
-                    for (int head = 0; head < piece.num_heads; head += AT_ONCE) {
-                        const WarpResult<Query> result{p, piece, head};
-                        sum_partitions<Scratch, 1, AT_ONCE, HEAD_SIZE>(p, result, piece, head, 0);
-                    }
-                } else if (lane == 0) {
-                    shared.job[posted % Shared::JOBS] = piece;
-                    __threadfence_block();
-                    *const_cast<volatile int*>(&shared.jobs_posted) = ++posted;
-                }
-            }
-        }
+        const bool counts = piece.is_last && piece.num_nodes > 1;
+        if (counts) order.stored.wait(parity);
         __syncwarp();
-        if (lane == 0) order.empty.arrive();
+        if (lane == 0) order.empty.arrive();  // before the sums, which nobody is to wait for
+        if (!counts) continue;
+        bool is_last = false;
+        if (lane == 0) is_last = arrive_last(p.work->arrivals + piece.counter, piece.num_nodes);
+        is_last = __shfl_sync(ALL_LANES, int(is_last), 0);
+        __syncwarp();  // what the first lane has seen, all may read
+        if (is_last) sum_up(piece);
     }
-    if (lane == 0) shared.clerk_done.arrive();
+    shared.sum_empty.wait(sums % 2 ^ 1);
+    post({}, 0, 0, true);
     leave<HEADS>(p);  // the fetcher has drawn its last piece, or there would be no last order
 }
 

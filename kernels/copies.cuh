@@ -4,6 +4,15 @@
 
 namespace cupy_paged {
 
+// What tells the second-level cache that lines will not be read again soon.
+__device__ inline unsigned long long read_once() {
+    unsigned long long policy = 0;
+#if SM >= 80
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+#endif
+    return policy;
+}
+
 // Copies the first `live` of BYTES bytes and fills the rest with zeros. Bytes past `live` may hold
 // anything, NaN patterns included: they never arrive. The copy is complete after wait_for_copies.
 template <int BYTES>
@@ -38,6 +47,31 @@ __device__ inline void copy_async(void* shared, const void* global, int live) {
     } else {
         *static_cast<uint8*>(shared) = live > 0 ? *static_cast<const uint8*>(global) : uint8(0);
     }
+}
+
+// A copy of 16 bytes that are not read again before much else is: they make room first in the second-level
+// cache, where what is written meanwhile then stays.
+__device__ inline void copy_async_once(void* shared, const void* global, int live) {
+#if SM >= 80
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
+                     uint32(__cvta_generic_to_shared(shared))),
+                 "l"(global), "r"(live), "l"(read_once())
+                 : "memory");
+#endif
+}
+
+// Copies come in groups, which are complete in the order in which they were closed.
+__device__ inline void close_copies() {
+#if SM >= 80
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for this thread's copies but for those of the last GROUPS groups.
+template <int GROUPS> __device__ inline void wait_for_copies_before() {
+#if SM >= 80
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+#endif
 }
 
 // Waits for this thread's copies; a barrier must follow before other threads read them.

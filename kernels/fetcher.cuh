@@ -8,6 +8,11 @@
 
 namespace cupy_paged {
 
+template <class T> __device__ inline const T* from_lane(const T* pointer, int lane) {
+    return reinterpret_cast<const T*>(
+        __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int SLOTS, bool BULK,
           int QUERY_COPY_BYTES, class Tiles, class Shared>
 __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
@@ -74,34 +79,44 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
             // The next piece: half a window to learn its number, half a window for its ids to come.
             const int halfway = end < piece.end ? end : max(window, (end - WINDOW / 2) / TILE_TOKENS * TILE_TOKENS);
             if (end < piece.end) look_up(piece, end);
-            else walk.draw();
+            else if (piece.is_last) walk.draw();
+            const auto key_at = [&](int block, int offset) {
+                return Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>(p.key_strides, block, piece.kv_head, offset, 0);
+            };
+            const auto value_at = [&](int block, int offset) {
+                return Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, block, piece.kv_head, offset,
+                                                                            0);
+            };
+            // Of the lane's own block, where a tile is a block.
+            const Cache* my_keys = key_cache + key_at(id[0], 0);
+            const Cache* my_values = value_cache + value_at(id[0], 0);
 
             for (int token = window; token < end; token += TILE_TOKENS, tile++) {
                 if (token == halfway) more = look_up_next();
-                const int mine = min(token + lane % TILE_TOKENS, piece.end - 1);
-                const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE;
-                int block = 0;
-#pragma unroll
-                for (int i = 0; i < IDS; i++) {
-                    const int found = __shfl_sync(ALL_LANES, id[i], position % WARP);
-                    if (position / WARP == i) block = found;
-                }
-                const int offset = mine % BLOCK_SIZE, live = piece.end - token;
-                const int64 key_base =
-                    Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>(p.key_strides, block, piece.kv_head, offset, 0);
-                const int64 value_base = Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, block,
-                                                                                              piece.kv_head, offset, 0);
                 const int slot = tile % SLOTS;
                 Tiles& tiles = shared.tiles[slot];
                 Barrier& full = shared.full[slot];
-                shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
                 if constexpr (BULK) {
+                    const Cache* keys = from_lane(my_keys, (token - window) / TILE_TOKENS);
+                    const Cache* values = from_lane(my_values, (token - window) / TILE_TOKENS);
+                    shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
                     if (lane == 0) {
                         full.arrive_expecting(sizeof(tiles));
-                        copy_bulk(&tiles.keys, key_cache + key_base, sizeof(tiles.keys), full);
-                        copy_bulk(&tiles.values, value_cache + value_base, sizeof(tiles.values), full);
+                        copy_bulk(&tiles.keys, keys, sizeof(tiles.keys), full);
+                        copy_bulk(&tiles.values, values, sizeof(tiles.values), full);
                     }
                 } else {
+                    const int mine = min(token + lane % TILE_TOKENS, piece.end - 1);
+                    const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE;
+                    int block = 0;
+#pragma unroll
+                    for (int i = 0; i < IDS; i++) {
+                        const int found = __shfl_sync(ALL_LANES, id[i], position % WARP);
+                        if (position / WARP == i) block = found;
+                    }
+                    const int offset = mine % BLOCK_SIZE, live = piece.end - token;
+                    const int64 key_base = key_at(block, offset), value_base = value_at(block, offset);
+                    shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
                     tiles.keys.fetch(key_cache, key_base, live, [](int c) {
                         return Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>({}, 0, 0, 0, c * CHUNK);
                     });

@@ -1,7 +1,7 @@
 // What the warps of paged_attention_mma.cu share: tiles and pieces on their way from one role to the next.
 #pragma once
 #include "barriers.cuh"
-#include "partition_states.cuh"
+#include "nodes.cuh"
 #include "pieces.cuh"
 #include "warp_states.cuh"
 
@@ -18,22 +18,18 @@ template <class Query, int HEADS, int HEAD_SIZE> struct alignas(16) Order {
     Barrier full, stored, empty;
 };
 
-template <class Tiles, class Query, int NUM_WORKERS, int SLOTS, int HEADS, int HEAD_SIZE> struct alignas(16) MmaShared {
-    static constexpr int ORDERS = 3;
-    // The workers look for jobs in every piece, and the clerk is at most ORDERS pieces behind: no more than
-    // ORDERS + 1 jobs wait.
-    static constexpr int JOBS = 2 * ORDERS;
+template <class Tiles, class Query, class StagedNodes, int NUM_WORKERS, int SLOTS, int HEADS, int HEAD_SIZE>
+struct alignas(16) MmaShared {
+    using Stage = StagedNodes;
+    static constexpr int ORDERS = 3, WORKERS = NUM_WORKERS;
 
     Tiles tiles[SLOTS];
     Order<Query, HEADS, HEAD_SIZE> order[ORDERS];
-    union {
-        WarpStates<NUM_WORKERS / 2, HEADS, HEAD_SIZE> pairs;  // of workers
-        WarpStates<NUM_WORKERS, HEADS_AT_ONCE<HEADS, HEAD_SIZE>, HEAD_SIZE> sums;
-    };
+    WarpStates<NUM_WORKERS / 2, HEADS, HEAD_SIZE> pairs;  // of workers
     float max[NUM_WORKERS][HEADS];
-    Piece job[JOBS];
-    Barrier full[SLOTS], empty[SLOTS], clerk_done;
-    int jobs_posted, jobs_seen;
+    Stage staged[NUM_WORKERS];
+    SumOrder sum_order;
+    Barrier full[SLOTS], empty[SLOTS], sum_full, sum_empty;
 };
 
 template <class KeyTile, class ValueTile> struct TilePair {

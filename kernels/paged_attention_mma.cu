@@ -11,9 +11,10 @@
 //   the fetcher   walks over the pieces of the thread block, looks up blocks, and copies queries and
 //                 tiles of 16 tokens into rings in shared memory, as far ahead as there is room
 //   the workers   take every NUM_WORKERS-th tile of a piece, each with a softmax state of its own, join
-//                 their states at its end in a fixed order, and write the result, or a partition of it
-//   the clerk     counts the partitions that have been written, and tells the workers when all those of
-//                 a sequence are there for them to sum up
+//                 their states at its end in a fixed order, and write the result, or a node of it: what a
+//                 partition comes to, or a group of them that the thread block did one after the other
+//   the clerk     counts the nodes that have been written, and when all those of a sequence are there, brings
+//                 them to the workers, who sum them up between two pieces
 //
 // Where a cache block is a tile, and lies in memory as the tile does, the bulk copy engine moves it (BULK).
 #include "attention_params.cuh"
@@ -32,13 +33,14 @@ namespace cupy_paged {
 // Grid: any number of thread blocks. HEADS query heads of one KV head to a piece. SHARED_BYTES is the
 // planner's figure for the shared memory, BLOCKS_PER_SM what it is to allow.
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int NUM_WORKERS, int SLOTS,
-          bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES, int BLOCKS_PER_SM, class Bias, class Scratch>
+          int STAGED_GROUPS, bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES, int BLOCKS_PER_SM, class Bias, class Scratch>
 __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     paged_attention_mma(const __grid_constant__ AttentionParams p) {
     using KeyTile = TokenRows<Cache, HEAD_SIZE, Layout::KEYS_BY_TOKEN>;
     using ValueTile = typename WarpValues<Layout, Cache, HEAD_SIZE>::Tile;
     using Tiles = TilePair<KeyTile, ValueTile>;
-    using Shared = MmaShared<Tiles, Query, NUM_WORKERS, SLOTS, HEADS, HEAD_SIZE>;
+    using Stage = StagedNodes<Scratch, HEAD_SIZE, STAGED_GROUPS>;
+    using Shared = MmaShared<Tiles, Query, Stage, NUM_WORKERS, SLOTS, HEADS, HEAD_SIZE>;
     static_assert(sizeof(Shared) <= SHARED_BYTES, "planner and kernel disagree on shared memory");
     extern __shared__ __align__(128) uint8 shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
@@ -55,8 +57,8 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
             shared.order[lane].empty.init(NUM_WORKERS + 1);
         }
         if (lane == 0) {
-            shared.clerk_done.init(1);
-            shared.jobs_posted = 0;
+            shared.sum_full.init(1);
+            shared.sum_empty.init(NUM_WORKERS);
         }
         Barrier::publish();
     }
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         return fetch_pieces<Query, Cache, Layout, HEAD_SIZE, BLOCK_SIZE, HEADS, SLOTS, BULK, QUERY_COPY_BYTES, Tiles>(
             p, shared);
     __syncthreads();
-    if (warp == NUM_WORKERS + 1) return count_partitions<Query, Scratch, HEADS, HEAD_SIZE>(p, shared);
+    if (warp == NUM_WORKERS + 1) return count_nodes<HEADS>(p, shared);
     attend_to_pieces<Query, Cache, Layout, HEAD_SIZE, HEADS, NUM_WORKERS, SLOTS, BULK, Bias, Scratch, Tiles>(p, shared);
 }
 

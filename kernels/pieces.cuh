@@ -1,6 +1,7 @@
 // The pieces that attention is cut into: one partition of one sequence, for some query heads of one KV
-// head. Thread block b begins with piece b; from then on whoever is free takes the next one, for not all
-// multiprocessors get the same share of the memory's bandwidth.
+// head. They are drawn one by one or, while there are many, in groups. Thread block b begins with draw b;
+// from then on whoever is free draws the next one, for not all multiprocessors get the same share of the
+// memory's bandwidth.
 #pragma once
 #include "attention_params.cuh"
 #include "schedule.cuh"
@@ -8,50 +9,80 @@
 namespace cupy_paged {
 
 struct Piece {
-    int seq, partition, num_partitions, kv_head, head, num_heads, seq_len, begin, end;
-    bool fits;      // the sequence is not longer than its table
-    int64 counter;  // of the arrivals of these heads' partitions
+    int seq, kv_head, head, num_heads, seq_len, begin, end;
+    int node, num_nodes;     // its group is this one of the sequence; alone, it is a group of its own
+    bool is_first, is_last;  // of its group
+    bool is_grouped;         // as all of the sequence are
+    bool fits;               // the sequence is not longer than its table
+    int64 counter;           // of the arrivals of these heads' groups
 };
 
 // HEADS query heads to a piece, at most. By a whole warp.
 template <int HEADS> struct PieceWalk {
+    // Pieces for each thread block that are drawn one by one at the end, to end at the same time.
+    static constexpr int LAST_DRAWS = 2;
+
     const AttentionParams& p;
     PartitionWalk walk;
-    uint32 drawn;  // on the first lane: the piece that `next` will find
+    uint32 drawn;  // on the first lane: what `next` will find
+    int group_end = 0, partition_size = 0;
     Piece piece;
 
     __device__ explicit PieceWalk(const AttentionParams& params)
         : p(params),
           walk{params.seq_lens, params.num_seqs, params.partition_size, params.max_seq_len, 1},
-          drawn(blockIdx.x) {}
+          drawn(blockIdx.x) {
+        piece.is_last = true;
+        // A caller's scratch is to hold every partition.
+        if (!p.partition_size) walk.num_grouped = walk.total() - ceil_div(LAST_DRAWS * int(gridDim.x), per_partition());
+    }
 
-    // Takes another piece. `next` awaits the answer, so that this goes ahead by the time of an access. Not
-    // earlier: what one thread block has taken no other can help with.
+    __device__ int tiles_per_group() const { return ceil_div(p.num_heads / p.num_kv_heads, HEADS); }
+    __device__ int per_partition() const { return p.num_kv_heads * tiles_per_group(); }
+
+    // Draws, after a group's last piece. `next` awaits the answer, so that this goes ahead by the time of
+    // an access. Not earlier: what one thread block has taken no other can help with.
     __device__ void draw() {
         if (threadIdx.x % WARP == 0) drawn = gridDim.x + atomicAdd(&p.work->pieces_taken, 1u);
     }
 
     __device__ bool next() {
+        if (piece.is_last) return begin_group();
+        piece.is_first = false;
+        end_piece(piece.end);
+        return true;
+    }
+
+private:
+    __device__ bool begin_group() {
         const int group_size = p.num_heads / p.num_kv_heads;
-        const int tiles_per_group = ceil_div(group_size, HEADS);
-        const int pieces_per_partition = p.num_kv_heads * tiles_per_group;
         const uint32 number = __shfl_sync(ALL_LANES, drawn, 0);
-        if (!walk.seek(number / pieces_per_partition)) return false;
-        const int part = int(number % pieces_per_partition);
-        const int head_in_group = part % tiles_per_group * HEADS;
+        if (!walk.seek(number / per_partition())) return false;
+        const int part = int(number % per_partition());
+        const int head_in_group = part % tiles_per_group() * HEADS;
         piece.seq = walk.seq;
-        piece.partition = int(number / pieces_per_partition - walk.before);
-        piece.kv_head = part / tiles_per_group;
+        piece.kv_head = part / tiles_per_group();
         piece.head = piece.kv_head * group_size + head_in_group;
         piece.num_heads = min(HEADS, group_size - head_in_group);
         piece.seq_len = readable_tokens(walk.seq_len, p.max_seq_len);
         piece.fits = walk.seq_len <= p.max_seq_len;
-        const int partition_size = partition_size_of(piece.seq_len, p.partition_size);
-        piece.num_partitions = max(ceil_div(piece.seq_len, partition_size), 1);
-        piece.begin = piece.partition * partition_size;
-        piece.end = min(piece.begin + partition_size, piece.seq_len);
-        piece.counter = int64(walk.seq) * pieces_per_partition + part;
+        piece.counter = int64(walk.seq) * per_partition() + part;
+
+        partition_size = partition_size_of(piece.seq_len, p.partition_size);
+        const int tokens = walk.is_grouped ? GROUP * partition_size : partition_size;
+        piece.node = int(number / per_partition() - walk.before);
+        piece.num_nodes = max(ceil_div(piece.seq_len, tokens), 1);
+        piece.is_grouped = walk.is_grouped;
+        piece.is_first = true;
+        group_end = min((piece.node + 1) * tokens, piece.seq_len);
+        end_piece(piece.node * tokens);
         return true;
+    }
+
+    __device__ void end_piece(int begin) {
+        piece.begin = begin;
+        piece.end = min(begin + partition_size, group_end);
+        piece.is_last = piece.end == group_end;
     }
 };
 

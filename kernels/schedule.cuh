@@ -24,24 +24,44 @@ __device__ inline int partition_size_of(int seq_len, int fixed) {
     return size;
 }
 
+// Partitions that are walked as one group, where many are left: their states are joined on the spot, and
+// need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
+constexpr int GROUP = 4;
+
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
-// partition begins depends on its own sequence alone; only who works on it depends on the batch.
+// partition begins depends on its own sequence alone; only who works on it, and whether it is walked in
+// a group, depends on the batch.
 struct PartitionWalk {
     const int* seq_lens;  // [num_seqs]
     int num_seqs;
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
+    int64 num_grouped = 0;  // sequences within so many partitions, from the first on, are walked in groups
 
-    int seq = 0, seq_len = 0;  // the sequence that holds the partition last sought
-    int64 before = 0;          // partitions of all sequences before `seq`
+    int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
+    bool is_grouped = false;   // it is walked in groups
+    int64 before = 0;          // steps through all sequences before `seq`
 
     // A window of sequences, one a lane: to seek within it asks nothing of global memory.
     int first = -WARP, length = 0, count = 0;
-    int64 through = 0;  // partitions up to and with this lane's sequence
+    int64 partitions_through = 0, through = 0;  // partitions and steps up to and with this lane's sequence
 
-    // Moves forward to the sequence of partition number `target`; false if there is none. By a whole
-    // warp. Targets must not decrease.
+    __device__ int partitions_of(int tokens) const {
+        return max(ceil_div(tokens, partition_size_of(tokens, partition_size)), min_partitions);
+    }
+
+    // Partitions of all sequences. By a whole warp.
+    __device__ int64 total() const {
+        int64 sum = 0;
+#pragma unroll 4
+        for (int i = threadIdx.x % WARP; i < num_seqs; i += WARP)
+            sum += partitions_of(readable_tokens(seq_lens[i], max_seq_len));
+        return __shfl_sync(ALL_LANES, lanes_prefix_sum(sum), WARP - 1);
+    }
+
+    // Moves forward to the sequence of step number `target`; false if there is none. By a whole warp.
+    // Targets must not decrease.
     __device__ bool seek(int64 target) {
         const int lane = threadIdx.x % WARP;
         for (;;) {
@@ -50,6 +70,7 @@ struct PartitionWalk {
                 const int holder = __ffs(reached) - 1;
                 seq = first + holder;
                 seq_len = __shfl_sync(ALL_LANES, length, holder);
+                is_grouped = __shfl_sync(ALL_LANES, partitions_through, holder) <= num_grouped;
                 before = __shfl_sync(ALL_LANES, through - count, holder);
                 return true;
             }
@@ -57,8 +78,9 @@ struct PartitionWalk {
             if (first >= num_seqs) return false;
             const bool there = first + lane < num_seqs;
             length = there ? seq_lens[first + lane] : 0;
-            const int tokens = readable_tokens(length, max_seq_len);
-            count = there ? max(ceil_div(tokens, partition_size_of(tokens, partition_size)), min_partitions) : 0;
+            const int partitions = there ? partitions_of(readable_tokens(length, max_seq_len)) : 0;
+            partitions_through = __shfl_sync(ALL_LANES, partitions_through, WARP - 1) + lanes_prefix_sum(partitions);
+            count = partitions_through <= num_grouped ? ceil_div(partitions, GROUP) : partitions;
             through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }
     }

@@ -12,21 +12,45 @@ struct JoinedState {
     float mean[4];
 };
 
+// The sum of joined states, taken in one after the other. Whoever takes in the same states in the same order
+// gets the same bits: no product and sum are left for the compiler to contract, or not.
+struct RunningState {
+    float max, sum;
+    float weighted[4];
+
+    __device__ void begin(const JoinedState& state) {
+        max = state.max, sum = state.sum;
+#pragma unroll
+        for (int c = 0; c < 4; c++) weighted[c] = __fmul_rn(state.mean[c], sum);
+    }
+
+    __device__ void take(const JoinedState& state) {
+        const float new_max = fmaxf(max, state.max);
+        const float rescale = exp_difference(max, new_max);
+        const float weight = __fmul_rn(state.sum, exp_difference(state.max, new_max));
+        max = new_max, sum = __fmaf_rn(sum, rescale, weight);
+#pragma unroll
+        for (int c = 0; c < 4; c++) weighted[c] = __fmaf_rn(weighted[c], rescale, __fmul_rn(state.mean[c], weight));
+    }
+
+    __device__ JoinedState joined() const {
+        const float factor = sum == 0.0f ? 0.0f : __frcp_rn(sum);
+        JoinedState state{max, sum, {}};
+#pragma unroll
+        for (int c = 0; c < 4; c++) state.mean[c] = __fmul_rn(weighted[c], factor);
+        return state;
+    }
+};
+
 // For each warp and head: (max, sum, sum of weighted values). Warps fill it in; a barrier later any thread
-// may ask for the joined state. Warps are summed in order of their number.
+// may ask for the joined state, with values times `value_scale`. Warps are summed in order of their number.
 template <int NUM_WARPS, int HEADS, int HEAD_SIZE> struct WarpStates {
     static constexpr int ROW = HEAD_SIZE + 4;  // lanes that write heads two apart meet different banks
 
     float weighted[NUM_WARPS][HEADS][ROW];
     float max[NUM_WARPS][HEADS], sum[NUM_WARPS][HEADS];
 
-    // What `warp` has of four channels of a head.
-    __device__ void take(int warp, int head, int channel, float new_max, float new_sum, const float (&four)[4]) {
-        if (channel == 0) max[warp][head] = new_max, sum[warp][head] = new_sum;
-        store_vector(&weighted[warp][head][channel], Vector<float, 4>{four[0], four[1], four[2], four[3]});
-    }
-
-    __device__ JoinedState join(int head, int channel) const {
+    __device__ JoinedState join(int head, int channel, float value_scale) const {
         JoinedState joined{LOWEST, 0.0f, {}};
 #pragma unroll
         for (int w = 0; w < NUM_WARPS; w++) joined.max = fmaxf(joined.max, max[w][head]);
@@ -38,9 +62,9 @@ template <int NUM_WARPS, int HEADS, int HEAD_SIZE> struct WarpStates {
 #pragma unroll
             for (int i = 0; i < 4; i++) joined.mean[i] += part.element[i] * rescale;
         }
-        const float factor = joined.sum == 0.0f ? 0.0f : 1.0f / joined.sum;
+        const float factor = joined.sum == 0.0f ? 0.0f : value_scale / joined.sum;
 #pragma unroll
-        for (int i = 0; i < 4; i++) joined.mean[i] *= factor;
+        for (int i = 0; i < 4; i++) joined.mean[i] = __fmul_rn(joined.mean[i], factor);
         return joined;
     }
 };

@@ -55,7 +55,7 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
             if (t >= TILE_TOKENS) break;
 #pragma unroll
             for (int c = column; c < CHUNKS; c += ROW_LANES)
-                copy_async<16>(at(t, c), token + chunk_step(c), t < live_tokens ? 16 : 0);
+                copy_async_once(at(t, c), token + chunk_step(c), t < live_tokens ? 16 : 0);
         }
     }
 
@@ -115,7 +115,7 @@ template <class T, int HEAD_SIZE> struct TokenColumns {
         const T* group = cache + (live > 0 ? base : 0);  // a dead token's is not where a chunk begins
 #pragma unroll
         for (int channel = lane / CHUNKS; channel < HEAD_SIZE; channel += LANES)
-            copy_async<16>(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);
+            copy_async_once(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);
     }
 
     // Puts zeros in place of the tokens from `token` on.

@@ -3,8 +3,8 @@
 #include "attention_params.cuh"
 #include "barriers.cuh"
 #include "mma.cuh"
+#include "nodes.cuh"
 #include "orders.cuh"
-#include "partition_states.cuh"
 #include "reduce.cuh"
 #include "results.cuh"
 #include "softmax.cuh"
@@ -70,16 +70,12 @@ __device__ inline void read_queries(const Order& order, float logit_scale,
 }
 
 // Joins the workers' states, in pairs: (worker, worker + NUM_WORKERS / 2). The pairs are joined by whoever
-// reads them. Returns how many jobs the clerk had posted, the same for all workers.
+// reads them.
 template <class ValueTile, int NUM_WORKERS, int HEADS, int HEAD_SIZE, int COLUMNS, class Shared>
-__device__ inline int join_workers(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
-                                   const float (&weighted)[COLUMNS][HEAD_SIZE / 16][4]) {
+__device__ inline void join_workers(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
+                                    const float (&weighted)[COLUMNS][HEAD_SIZE / 16][4]) {
     constexpr int NUM_THREADS = NUM_WORKERS * WARP, STEPS = HEAD_SIZE / 16;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, j = lane % 4;
-    if (threadIdx.x == 0) {
-        shared.jobs_seen = *const_cast<volatile int*>(&shared.jobs_posted);
-        __threadfence_block();  // the jobs that were posted before
-    }
     if (g == 0)
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++)
@@ -87,7 +83,6 @@ __device__ inline int join_workers(Shared& shared, const float (&max)[COLUMNS][2
             for (int i = 0; i < 2; i++)
                 if (8 * n + 2 * j + i < HEADS) shared.max[warp][8 * n + 2 * j + i] = max[n][i];
     sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
-    const int jobs = shared.jobs_seen;
     const int pair = warp % (NUM_WORKERS / 2);
     const bool is_first = warp < NUM_WORKERS / 2;
     auto& states = shared.pairs;
@@ -122,7 +117,6 @@ __device__ inline int join_workers(Shared& shared, const float (&max)[COLUMNS][2
                 }
         sync_warps<1, NUM_THREADS>();
     }
-    return jobs;
 }
 
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int HEADS, int NUM_WORKERS, int SLOTS, bool BULK,
@@ -145,23 +139,40 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
     const int g = lane / 4, j = lane % 4;  // see mma.cuh
     const float logit_scale = p.scale * (p.k_scale_array ? *p.k_scale_array : p.k_scale);
     const float value_scale = p.v_scale_array ? *p.v_scale_array : p.v_scale;
-    int jobs_done = 0;
-    const auto do_jobs = [&](int jobs) {
-        constexpr int AT_ONCE = HEADS_AT_ONCE<HEADS, HEAD_SIZE>;
-        for (; jobs_done < jobs; jobs_done++) {
-            const Piece job = shared.job[jobs_done % Shared::JOBS];
-            for (int head = 0; head < job.num_heads; head += AT_ONCE) {
-                sync_warps<1, NUM_THREADS>();
-                sum_partitions<Scratch, NUM_WORKERS, AT_ONCE, HEAD_SIZE>(p, shared.sums, job, head, warp);
-                sync_warps<1, NUM_THREADS>();
-                write_result<Query, AT_ONCE, HEAD_SIZE, NUM_THREADS>(p, job, head, shared.sums, 1.0f);
-            }
+
+    // Of a group of pieces: what this thread writes at its end.
+    constexpr int STATES = ceil_div(HEADS * HEAD_SIZE, NUM_THREADS * 4);
+    RunningState group[STATES];
+
+    uint32 sums = 0;
+    HeadSum<HEAD_SIZE> head_sum;
+    const auto has_sums = [&] { return shared.sum_full.is_past(sums % 2); };
+    // What the clerk has brought, of one head a worker. False if that was all.
+    const auto sum_up = [&] {
+        const Piece piece = shared.sum_order.piece;
+        const int head = shared.sum_order.head + warp, step = shared.sum_order.step;
+        const bool is_last = shared.sum_order.is_last;
+        if (!is_last && head < piece.num_heads) {
+            const SumSteps<Shared::Stage::GROUPS> steps(piece);
+            if (step == 0) head_sum.clear();
+            head_sum.take(shared.staged[warp], steps, step);
+            if (step == steps.num_steps() - 1)
+                head_sum.template write<Query>(p, piece, head, steps.is_one_group());
         }
+        __syncwarp();
+        if (lane == 0) shared.sum_empty.arrive();
+        sums++;
+        return !is_last;
     };
 
     for (uint32 number = 0;; number++) {
         auto& order = shared.order[number % Shared::ORDERS];
-        order.full.wait(number / Shared::ORDERS % 2);
+        // Not only a wait for the order: the clerk may be waiting for a sum, and the fetcher for the clerk.
+        for (;;) {
+            if (has_sums()) sum_up();
+            if (order.full.is_past(number / Shared::ORDERS % 2)) break;
+            pause();
+        }
         if (order.is_last) break;
         const int begin = order.piece.begin, end = order.piece.end, seq_len = order.piece.seq_len;
         const int first_head = order.piece.head, num_heads = order.piece.num_heads;
@@ -257,20 +268,30 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
             if (lane == 0) shared.empty[slot].arrive();
         }
 
-        const int jobs = join_workers<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
-        if (p.tmp_out && begin < end)
-            write_partition<Scratch, HEAD_SIZE, NUM_THREADS>(p, order.piece, shared.pairs, value_scale);
-        if (order.piece.num_partitions == 1)
-            write_result<Query, HEADS, HEAD_SIZE, NUM_THREADS>(p, order.piece, 0, shared.pairs, value_scale);
+        join_workers<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
+        const Piece& piece = order.piece;
+        const bool is_result = piece.num_nodes == 1;
+        const bool is_kept = !is_result || (p.partition_size && begin < end);  // a caller's scratch has all nodes
+#pragma unroll
+        for (int k = 0; k < STATES; k++) {
+            const int i = (k * NUM_THREADS + threadIdx.x) * 4, head = i / HEAD_SIZE, channel = i % HEAD_SIZE;
+            if (i >= num_heads * HEAD_SIZE) break;
+            JoinedState state = shared.pairs.join(head, channel, value_scale);
+            if (piece.is_first) group[k].begin(state);
+            else group[k].take(state);
+            if (!piece.is_last) continue;
+            if (!piece.is_first) state = group[k].joined();
+            if (is_kept) write_node<Scratch, HEAD_SIZE>(p, piece, head, channel, state);
+            if (is_result) write_result<Query>(p, piece, head, channel, state);
+        }
         __syncwarp();
         if (lane == 0) {
             order.stored.arrive();
             order.empty.arrive();
         }
-        do_jobs(jobs);
     }
-    shared.clerk_done.wait(0);
-    do_jobs(*const_cast<volatile int*>(&shared.jobs_posted));
+    do shared.sum_full.wait(sums % 2);
+    while (sum_up());
 }
 
 }  // namespace cupy_paged

@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "the newest token is dropped, tensor cores",
         "kernels/pieces.cuh",
-        "piece.end = min(piece.begin + partition_size, piece.seq_len);",
-        "piece.end = min(piece.begin + partition_size, piece.seq_len - 1);",
+        "group_end = min((piece.node + 1) * tokens, piece.seq_len);",
+        "group_end = min((piece.node + 1) * tokens, piece.seq_len - 1);",
     ),
     Mutant(
         "the newest token is dropped, CUDA cores",
@@ -95,17 +95,24 @@ MUTANTS = (
         "p.work->arrivals[i] += 0",
     ),
     Mutant(
-        "partitions are counted before they are stored",
+        "nodes are counted before they are stored",
         "kernels/clerk.cuh",
-        "order.stored.wait(parity);",
+        "if (counts) order.stored.wait(parity);",
         "",
         "tests/gpu/test_bitwise.py",
     ),
     Mutant(
-        "a row's first partition is summed twice, its last one never",
-        "kernels/partition_states.cuh",
-        "(row[h] + first + k * NUM_WARPS)",
-        "(row[h] + max(first + k * NUM_WARPS - 1, 0))",
+        "the last partition of a group is left out, where thread blocks did one each",
+        "kernels/nodes.cuh",
+        "if (i >= nodes) break;",
+        "if (i >= nodes - 1) break;",
+    ),
+    Mutant(
+        "a group is what its last partition comes to, where a thread block did all of it",
+        "kernels/workers.cuh",
+        "if (!piece.is_first) state = group[k].joined();",
+        "",
+        "tests/gpu/test_bitwise.py",
     ),
     Mutant(
         "an empty side is merged by its weight",
