@@ -146,8 +146,8 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
 
     uint32 sums = 0;
     HeadSum<HEAD_SIZE> head_sum;
-    const auto has_sums = [&] { return shared.sum_full.is_past(sums % 2); };
-    // What the clerk has brought, of one head a worker. False if that was all.
+    bool more_sums = true;
+    // What the clerk has brought, of one head a worker.
     const auto sum_up = [&] {
         const Piece piece = shared.sum_order.piece;
         const int head = shared.sum_order.head + warp, step = shared.sum_order.step;
@@ -162,14 +162,14 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
         __syncwarp();
         if (lane == 0) shared.sum_empty.arrive();
         sums++;
-        return !is_last;
+        more_sums = !is_last;
     };
 
     for (uint32 number = 0;; number++) {
         auto& order = shared.order[number % Shared::ORDERS];
         // Not only a wait for the order: the clerk may be waiting for a sum, and the fetcher for the clerk.
         for (;;) {
-            if (has_sums()) sum_up();
+            if (more_sums && shared.sum_full.is_past(sums % 2)) sum_up();
             if (order.full.is_past(number / Shared::ORDERS % 2)) break;
             pause();
         }
@@ -290,8 +290,10 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
             order.empty.arrive();
         }
     }
-    do shared.sum_full.wait(sums % 2);
-    while (sum_up());
+    while (more_sums) {
+        shared.sum_full.wait(sums % 2);
+        sum_up();
+    }
 }
 
 }  // namespace cupy_paged
