@@ -137,6 +137,11 @@ def current_for(leader: Array, stream: int) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
+def fill(x: Any, value: int) -> None:
+    """Queues a value for all of an array. torch would wait for the device to assign it."""
+    (x.fill_ if hasattr(x, "fill_") else x.fill)(value)
+
+
 class Buffers:
     """Arrays for batches of up to so many rows, tokens and blocks a row, beside `leader`."""
 
@@ -149,7 +154,7 @@ class Buffers:
         self._tables = empty(leader, "block_tables", (num_rows, max_blocks), "int32", stream)
         with current_for(leader, stream):
             for made in (self._tokens, self._seq_lens, self._tables):
-                made.owner[...] = 0  # so that a table's unused entries are blocks that there are
+                fill(made.owner, 0)  # so that a table's unused entries are blocks that there are
         self._staging: Staging | None = None
         if leader.device is not HOST:
             sizes = (3 * num_tokens, INT64), (num_rows, INT32), (num_rows * max_blocks, INT32)
