@@ -74,6 +74,8 @@ def prepare_attention(
             "num_seqs": num_seqs,
             "num_heads": num_heads,
             "num_kv_heads": cache.num_kv_heads,
+            "group_size": num_heads // cache.num_kv_heads,
+            "tiles_per_group": plan.tiles_per_group,
             "partition_size": partition_size,
             "max_partitions": max_partitions,
             "max_seq_len": call.capacity,

@@ -39,7 +39,8 @@ PARAMS = ParamStruct(
     int64    query_stride_seq query_stride_head out_stride_seq out_stride_head
     int64    key_strides.block key_strides.head key_strides.token
     int64    value_strides.block value_strides.head value_strides.token block_tables_stride
-    int      num_seqs num_heads num_kv_heads partition_size max_partitions max_seq_len
+    int      num_seqs num_heads num_kv_heads group_size tiles_per_group
+    int      partition_size max_partitions max_seq_len
     float    scale k_scale v_scale
     int      sparse_local_blocks sparse_vert_stride sparse_block_size sparse_head_sliding_step
     int      tp_rank

@@ -35,6 +35,8 @@ struct AttentionParams {
     int64 block_tables_stride;
 
     int num_seqs, num_heads, num_kv_heads;
+    int group_size;             // query heads of a KV head
+    int tiles_per_group;        // thread blocks that they are divided among
     int partition_size;         // 0: by the length of each sequence, see schedule.cuh
     int max_partitions;
     int max_seq_len;            // what block tables and partitions can hold

@@ -7,7 +7,7 @@
 
 namespace cupy_paged {
 
-template <int HEADS, class Shared> __device__ inline void count_nodes(const AttentionParams& p, Shared& shared) {
+template <class Shared> __device__ inline void count_nodes(const AttentionParams& p, Shared& shared) {
     const int lane = threadIdx.x % WARP;
     uint32 sums = 0;
     const auto post = [&](const Piece& piece, int head, int step, bool is_last) {
@@ -53,7 +53,7 @@ template <int HEADS, class Shared> __device__ inline void count_nodes(const Atte
     }
     shared.sum_empty.wait(sums % 2 ^ 1);
     post({}, 0, 0, true);
-    leave<HEADS>(p);  // the fetcher has drawn its last piece, or there would be no last order
+    leave(p);  // the fetcher has drawn its last piece, or there would be no last order
 }
 
 }  // namespace cupy_paged

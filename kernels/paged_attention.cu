@@ -85,9 +85,7 @@ __global__ void __launch_bounds__(NUM_THREADS, blocks_per_sm(GROUP)) paged_atten
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int group_size = p.num_heads / p.num_kv_heads;
-    const int tiles_per_group = ceil_div(group_size, GROUP);
-    const int work_per_partition = p.num_kv_heads * tiles_per_group;
+    const int work_per_partition = p.num_kv_heads * p.tiles_per_group;
     const float logit_scale = p.scale * (p.k_scale_array ? *p.k_scale_array : p.k_scale);
     const float value_scale = p.v_scale_array ? *p.v_scale_array : p.v_scale;
 
@@ -97,10 +95,10 @@ __global__ void __launch_bounds__(NUM_THREADS, blocks_per_sm(GROUP)) paged_atten
         // ---- which tokens and heads are mine ----
         const int seq = walk.seq;
         const int partition = int(work / work_per_partition - walk.before);
-        const int kv_head = int(work % work_per_partition) / tiles_per_group;
-        const int head_in_group = int(work % work_per_partition) % tiles_per_group * GROUP;
-        const int head = kv_head * group_size + head_in_group;
-        const int num_heads = min(GROUP, group_size - head_in_group);
+        const int kv_head = int(work % work_per_partition) / p.tiles_per_group;
+        const int head_in_group = int(work % work_per_partition) % p.tiles_per_group * GROUP;
+        const int head = kv_head * p.group_size + head_in_group;
+        const int num_heads = min(GROUP, p.group_size - head_in_group);
         const int seq_len = readable_tokens(p.seq_lens[seq], p.max_seq_len);
         const int partition_size = partition_size_of(seq_len, p.partition_size);
         const int begin = partition * partition_size;

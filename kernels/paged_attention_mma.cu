@@ -67,7 +67,7 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         return fetch_pieces<Query, Cache, Layout, HEAD_SIZE, BLOCK_SIZE, HEADS, SLOTS, BULK, QUERY_COPY_BYTES, Tiles>(
             p, shared);
     __syncthreads();
-    if (warp == NUM_WORKERS + 1) return count_nodes<HEADS>(p, shared);
+    if (warp == NUM_WORKERS + 1) return count_nodes(p, shared);
     attend_to_pieces<Query, Cache, Layout, HEAD_SIZE, HEADS, NUM_WORKERS, SLOTS, BULK, Bias, Scratch, Tiles>(p, shared);
 }
 

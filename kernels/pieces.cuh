@@ -37,8 +37,7 @@ template <int HEADS> struct PieceWalk {
         if (!p.partition_size) walk.num_grouped = walk.total() - ceil_div(LAST_DRAWS * int(gridDim.x), per_partition());
     }
 
-    __device__ int tiles_per_group() const { return ceil_div(p.num_heads / p.num_kv_heads, HEADS); }
-    __device__ int per_partition() const { return p.num_kv_heads * tiles_per_group(); }
+    __device__ int per_partition() const { return p.num_kv_heads * p.tiles_per_group; }
 
     // Draws, after a group's last piece. `next` awaits the answer, so that this goes ahead by the time of
     // an access. Not earlier: what one thread block has taken no other can help with.
@@ -55,15 +54,14 @@ template <int HEADS> struct PieceWalk {
 
 private:
     __device__ bool begin_group() {
-        const int group_size = p.num_heads / p.num_kv_heads;
         const uint32 number = __shfl_sync(ALL_LANES, drawn, 0);
         if (!walk.seek(number / per_partition())) return false;
         const int part = int(number % per_partition());
-        const int head_in_group = part % tiles_per_group() * HEADS;
+        const int head_in_group = part % p.tiles_per_group * HEADS;
         piece.seq = walk.seq;
-        piece.kv_head = part / tiles_per_group();
-        piece.head = piece.kv_head * group_size + head_in_group;
-        piece.num_heads = min(HEADS, group_size - head_in_group);
+        piece.kv_head = part / p.tiles_per_group;
+        piece.head = piece.kv_head * p.group_size + head_in_group;
+        piece.num_heads = min(HEADS, p.group_size - head_in_group);
         piece.seq_len = readable_tokens(walk.seq_len, p.max_seq_len);
         piece.fits = walk.seq_len <= p.max_seq_len;
         piece.counter = int64(walk.seq) * per_partition() + part;
@@ -71,7 +69,7 @@ private:
         partition_size = partition_size_of(piece.seq_len, p.partition_size);
         const int tokens = walk.is_grouped ? GROUP * partition_size : partition_size;
         piece.node = int(number / per_partition() - walk.before);
-        piece.num_nodes = max(ceil_div(piece.seq_len, tokens), 1);
+        piece.num_nodes = walk.num_steps;
         piece.is_grouped = walk.is_grouped;
         piece.is_first = true;
         group_end = min((piece.node + 1) * tokens, piece.seq_len);
@@ -88,7 +86,7 @@ private:
 
 // By one warp of each thread block, after its last draw and its last arrival. The last of all leaves every
 // counter at zero, for the next launch: also those that somebody who changed lengths meanwhile has upset.
-template <int HEADS> __device__ inline void leave(const AttentionParams& p) {
+__device__ inline void leave(const AttentionParams& p) {
     uint32 gone = 0;
     if (threadIdx.x % WARP == 0)
         asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
@@ -97,7 +95,7 @@ template <int HEADS> __device__ inline void leave(const AttentionParams& p) {
                      : "memory");
     if (__shfl_sync(ALL_LANES, gone, 0) != gridDim.x - 1) return;
     __syncwarp();
-    const int64 count = int64(p.num_seqs) * p.num_kv_heads * ceil_div(p.num_heads / p.num_kv_heads, HEADS);
+    const int64 count = int64(p.num_seqs) * p.num_kv_heads * p.tiles_per_group;
     for (int64 i = threadIdx.x % WARP; i < count; i += WARP) p.work->arrivals[i] = 0;
     if (threadIdx.x % WARP == 0) p.work->pieces_taken = p.work->blocks_gone = 0;
 }

@@ -17,11 +17,11 @@ template <int LANES = WARP> __device__ inline float lanes_max(float x) {
 }
 
 // Sum of the values of this lane and of all lanes before it.
-__device__ inline int64 lanes_prefix_sum(int64 x) {
+__device__ inline int lanes_prefix_sum(int x) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2) {
-        const int64 before = __shfl_up_sync(ALL_LANES, x, step);
+        const int before = __shfl_up_sync(ALL_LANES, x, step);
         if (lane >= step) x += before;
     }
     return x;

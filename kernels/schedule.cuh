@@ -41,19 +41,23 @@ struct PartitionWalk {
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
     bool is_grouped = false;   // it is walked in groups
-    int64 before = 0;          // steps through all sequences before `seq`
+    int num_steps = 0;         // through it
+    int64 before = 0;          // steps through all sequences before it
 
     // A window of sequences, one a lane: to seek within it asks nothing of global memory.
     int first = -WARP, length = 0, count = 0;
     int64 partitions_through = 0, through = 0;  // partitions and steps up to and with this lane's sequence
 
     __device__ int partitions_of(int tokens) const {
-        return max(ceil_div(tokens, partition_size_of(tokens, partition_size)), min_partitions);
+        const int size = partition_size_of(tokens, partition_size);
+        // By its own length it is a power of two, and nobody has to wait for a division.
+        const int partitions = partition_size ? ceil_div(tokens, size) : (tokens + size - 1) >> (31 - __clz(size));
+        return max(partitions, min_partitions);
     }
 
     // Partitions of all sequences. By a whole warp.
     __device__ int64 total() const {
-        int64 sum = 0;
+        int sum = 0;
 #pragma unroll 4
         for (int i = threadIdx.x % WARP; i < num_seqs; i += WARP)
             sum += partitions_of(readable_tokens(seq_lens[i], max_seq_len));
@@ -71,6 +75,7 @@ struct PartitionWalk {
                 seq = first + holder;
                 seq_len = __shfl_sync(ALL_LANES, length, holder);
                 is_grouped = __shfl_sync(ALL_LANES, partitions_through, holder) <= num_grouped;
+                num_steps = __shfl_sync(ALL_LANES, count, holder);
                 before = __shfl_sync(ALL_LANES, through - count, holder);
                 return true;
             }
