@@ -85,9 +85,9 @@ def paged_attention(
     head_size is a multiple of 8 up to 512 (16-bit and 8-bit caches in layout "vllm": also of the
     16 bytes they group), block_size is 1 to 256, num_heads a multiple of num_kv_heads.
 
-    A sequence's result depends on that sequence alone, to the bit: not on the batch, its order or
-    the device's size. Nothing synchronises with the host, and the call can be captured into a CUDA
-    graph and replayed with other contents of all arrays.
+    A sequence's result depends on that sequence alone, to the bit, on chips of one kind: not on the
+    batch, its order or the number of multiprocessors. Nothing synchronises with the host, and the
+    call can be captured into a CUDA graph and replayed with other contents of all arrays.
 
     Returns out, or (out, lse).
     Raises ValueError or TypeError, before anything runs, for arguments that do not fit; IndexError,

@@ -137,7 +137,7 @@ def current_for(leader: Array, stream: int) -> contextlib.AbstractContextManager
     return contextlib.nullcontext()
 
 
-def fill(x: Any, value: int) -> None:
+def fill_with(x: Any, value: int) -> None:
     """Queues a value for all of an array. torch would wait for the device to assign it."""
     (x.fill_ if hasattr(x, "fill_") else x.fill)(value)
 
@@ -154,7 +154,9 @@ class Buffers:
         self._tables = empty(leader, "block_tables", (num_rows, max_blocks), "int32", stream)
         with current_for(leader, stream):
             for made in (self._tokens, self._seq_lens, self._tables):
-                fill(made.owner, 0)  # so that a table's unused entries are blocks that there are
+                fill_with(
+                    made.owner, 0
+                )  # so that a table's unused entries are blocks that there are
         self._staging: Staging | None = None
         if leader.device is not HOST:
             sizes = (3 * num_tokens, INT64), (num_rows, INT32), (num_rows * max_blocks, INT32)

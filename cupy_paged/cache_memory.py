@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged.arrays import Array, array
-from cupy_paged.batches import current_for, fill
+from cupy_paged.batches import current_for, fill_with
 from cupy_paged.dtypes import FLOATS, FP8, STORAGE, itemsize
 from cupy_paged.layouts import LAYOUTS, geometry
 from cupy_paged.results import empty
@@ -103,4 +103,4 @@ class CacheMemory:
 
             kind = getattr(torch, name)
         with current_for(self._leader, stream):
-            fill(self.whole.owner.view(kind)[:, blocks], _NAN.get(self._dtype, _NAN_FP8))
+            fill_with(self.whole.owner.view(kind)[:, blocks], _NAN.get(self._dtype, _NAN_FP8))

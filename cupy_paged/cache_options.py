@@ -83,7 +83,7 @@ def _array_of(framework: str | None, device: Any) -> Any:
             f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"
         )
     if framework == "cupy":
-        with gpu.on(device):
+        with gpu.on(gpu.cupy().cuda.runtime.getDevice() if device is None else device):
             return gpu.cupy().empty(0, np.float32)
     if framework == "torch":
         import torch

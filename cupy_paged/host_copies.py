@@ -91,17 +91,19 @@ class HostCopies:
         for other in after:
             gpu.wait(cache.device, stream, other)
         size = self._block_bytes
-        for first, to, length in runs(pairs):
-            gpu.copy_rows(
-                cache.device, stream, target + to * size, target_step,
-                source + first * size, source_step, length * size, cache.shape[0],
-            )  # fmt: skip
-        finished = gpu.record(cache.device, stream)
-        # Neither framework nor pool knows of this stream: the last reference to the cache may go.
-        in_flight.keep_until(finished, [cache.owner, self._pinned, self._stream])
-        touches = np.zeros(cache.shape[1], bool)
-        touches[pairs[:, 0 if is_out else 1]] = True
-        self._on_way.append(_Copy(finished, touches, is_out))
+        try:
+            for first, to, length in runs(pairs):
+                gpu.copy_rows(
+                    cache.device, stream, target + to * size, target_step,
+                    source + first * size, source_step, length * size, cache.shape[0],
+                )  # fmt: skip
+        finally:  # whoever interrupts this leaves copies on their way, too
+            finished = gpu.record(cache.device, stream)
+            # Neither framework nor pool knows of this stream: the cache's last reference may go.
+            in_flight.keep_until(finished, [cache.owner, self._pinned, self._stream])
+            touches = np.zeros(cache.shape[1], bool)
+            touches[pairs[:, 0 if is_out else 1]] = True
+            self._on_way.append(_Copy(finished, touches, is_out))
 
 
 def _sorted(pairs: Iterable[tuple[int, int]]) -> np.ndarray:

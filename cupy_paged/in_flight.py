@@ -15,8 +15,8 @@ from typing import Any
 from cupy_paged import gpu
 
 _queues: dict[tuple[int, int], deque[tuple[Any, list[Any]]]] = {}
-"""By (device, stream): what an op uses, and the event after that op; no queue is empty."""
-_EVENT = -1  # a queue of its own
+"""By (device, stream): events, and what the work before each of them uses; no queue is empty."""
+_EVENT = -1  # in place of a device: a queue of one event, by its identity
 _lock = threading.Lock()
 
 

@@ -18,7 +18,7 @@ from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
 from cupy_paged.host_copies import HostCopies
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
-from cupy_paged.streams import launch_stream
+from cupy_paged.streams import launch_stream, owner_of
 
 _SMALLEST_BUFFERS = 16
 _NONE = np.empty(0, np.int64)
@@ -138,6 +138,7 @@ class PagedKVCache:
         self._copies: dict[int, int] = {}  # destination -> source
         self._copied: set[int] = set()
         self._last_stream: int | None = None  # of a batch or a write
+        self._last_owner: Any = None  # of that stream, which must live as long as it is asked
 
     # ---- sequences ----
 
@@ -247,12 +248,12 @@ class PagedKVCache:
         ):
             if most is not None and got > most:
                 raise ValueError(f"{name}: the batch has {got}, the cache was made for {most}")
-        stream = self._stream(stream)
+        given, stream = stream, self._stream(stream)
         self._check_outside_of_capture("batch", stream)
         self._copy_now(stream)
         written = host.tokens[0][host.tokens[0] >= 0] // self.block_size
         self._await_host_copies(stream, reads=host.blocks, writes=written)
-        self._last_stream = stream
+        self._remember(stream, self.key_caches[0], given)
         if self._buffers is None or not self._buffers.fits(host):
             self._buffers = self._new_buffers(len(host.seq_lens), host.tokens.shape[1], stream)
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
@@ -276,7 +277,7 @@ class PagedKVCache:
             reshape_and_cache(*arguments, stream=stream)
         else:
             reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
-        self._last_stream = launch_stream(key, stream)
+        self._remember(launch_stream(key, stream), key, stream)
         if not self._is_capturing(self._last_stream):
             self._layers_written.add(layer)
             if len(self._layers_written) == self.num_layers:
@@ -358,6 +359,9 @@ class PagedKVCache:
 
     def _stream(self, stream: Any = None) -> int:
         return launch_stream(self.key_caches[0], stream)
+
+    def _remember(self, stream: int, leader: Any, given: Any) -> None:
+        self._last_stream, self._last_owner = stream, owner_of(leader, given)
 
     def _is_capturing(self, stream: int) -> bool:
         device = self._leader.device

@@ -248,8 +248,12 @@ class SequencePool:
         host = self._host()
         held, num_there = host.hold(sequence.tokens, sequence.num_written, sequence.salt)
         pairs = list(zip(sequence.blocks[num_there:], held[num_there:], strict=False))
-        if pairs:
-            self._copy_out(pairs)
+        try:
+            if pairs:
+                self._copy_out(pairs)
+        except BaseException:
+            host.free(held)  # or others would find there what was never copied
+            raise
         self._offloaded += len(pairs)
         self.unused_slots -= self._unused(sequence)
         self.allocator.free(sequence.blocks)
@@ -269,8 +273,12 @@ class SequencePool:
         found = self.index.match(sequence.tokens[:full], sequence.salt)
         blocks = self._hold(found, len(sequence))
         pairs = list(zip(sequence.host_blocks[len(found) :], blocks[len(found) :], strict=False))
-        if pairs:
-            self._copy_in(pairs)
+        try:
+            if pairs:
+                self._copy_in(pairs)
+        except BaseException:
+            self.allocator.free(blocks)
+            raise
         self._restored += len(pairs)
         self._host().free(sequence.host_blocks)
         sequence.blocks, sequence.host_blocks = array("i", blocks), None

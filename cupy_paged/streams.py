@@ -52,6 +52,15 @@ def pointer_of(stream: Any) -> int:
     )
 
 
+def owner_of(leader: Any, stream: Any) -> Any:
+    """What must be kept for `launch_stream` of the same to stay a stream. An address has no owner,
+    and torch keeps its streams for good."""
+    framework, device = location(leader)
+    if stream is not None or device is HOST or framework == "torch":
+        return stream
+    return gpu.cupy().cuda.get_current_stream(device)
+
+
 def launch_stream(leader: Any, stream: Any) -> int:
     """Pointer of the stream that an op runs on: `stream`, or the current one of the leader's owner.
 

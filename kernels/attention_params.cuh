@@ -9,7 +9,7 @@ namespace cupy_paged {
 // Counters of one launch at a time, all zero before it and after it.
 struct Work {
     uint32 pieces_taken, blocks_gone;  // see pieces.cuh
-    uint32 arrivals[1];                // of partitions: [num_seqs, num_kv_heads, tiles of query heads]
+    uint32 arrivals[1];                // of nodes: [num_seqs, num_kv_heads, tiles_per_group]
 };
 
 struct AttentionParams {
@@ -36,7 +36,7 @@ struct AttentionParams {
 
     int num_seqs, num_heads, num_kv_heads;
     int group_size;             // query heads of a KV head
-    int tiles_per_group;        // thread blocks that they are divided among
+    int tiles_per_group;        // parts that they are divided into, each of other thread blocks
     int partition_size;         // 0: by the length of each sequence, see schedule.cuh
     int max_partitions;
     int max_seq_len;            // what block tables and partitions can hold

@@ -50,27 +50,13 @@ __device__ inline void copy_async(void* shared, const void* global, int live) {
 }
 
 // A copy of 16 bytes that are not read again before much else is: they make room first in the second-level
-// cache, where what is written meanwhile then stays.
+// cache, where what is written meanwhile then stays. For sm_80 and later.
 __device__ inline void copy_async_once(void* shared, const void* global, int live) {
 #if SM >= 80
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
                      uint32(__cvta_generic_to_shared(shared))),
                  "l"(global), "r"(live), "l"(read_once())
                  : "memory");
-#endif
-}
-
-// Copies come in groups, which are complete in the order in which they were closed.
-__device__ inline void close_copies() {
-#if SM >= 80
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for this thread's copies but for those of the last GROUPS groups.
-template <int GROUPS> __device__ inline void wait_for_copies_before() {
-#if SM >= 80
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 #endif
 }
 

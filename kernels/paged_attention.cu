@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(NUM_THREADS, blocks_per_sm(GROUP)) paged_atten
         const int head_in_group = int(work % work_per_partition) % p.tiles_per_group * GROUP;
         const int head = kv_head * p.group_size + head_in_group;
         const int num_heads = min(GROUP, p.group_size - head_in_group);
-        const int seq_len = readable_tokens(p.seq_lens[seq], p.max_seq_len);
+        const int seq_len = readable_tokens(walk.seq_len, p.max_seq_len);
         const int partition_size = partition_size_of(seq_len, p.partition_size);
         const int begin = partition * partition_size;
         const int end = min(begin + partition_size, seq_len);

@@ -33,8 +33,9 @@ template <int HEADS> struct PieceWalk {
           walk{params.seq_lens, params.num_seqs, params.partition_size, params.max_seq_len, 1},
           drawn(blockIdx.x) {
         piece.is_last = true;
-        // A caller's scratch is to hold every partition.
-        if (!p.partition_size) walk.num_grouped = walk.total() - ceil_div(LAST_DRAWS * int(gridDim.x), per_partition());
+        // A caller's scratch is to hold every partition, and of one there is no group.
+        if (!p.partition_size && p.max_partitions > 1)
+            walk.num_single = ceil_div(LAST_DRAWS * int(gridDim.x), per_partition());
     }
 
     __device__ int per_partition() const { return p.num_kv_heads * p.tiles_per_group; }
@@ -95,7 +96,7 @@ __device__ inline void leave(const AttentionParams& p) {
                      : "memory");
     if (__shfl_sync(ALL_LANES, gone, 0) != gridDim.x - 1) return;
     __syncwarp();
-    const int64 count = int64(p.num_seqs) * p.num_kv_heads * p.tiles_per_group;
+    const int64 count = p.max_partitions > 1 ? int64(p.num_seqs) * p.num_kv_heads * p.tiles_per_group : 0;
     for (int64 i = threadIdx.x % WARP; i < count; i += WARP) p.work->arrivals[i] = 0;
     if (threadIdx.x % WARP == 0) p.work->pieces_taken = p.work->blocks_gone = 0;
 }

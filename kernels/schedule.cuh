@@ -32,21 +32,24 @@ constexpr int GROUP = 4;
 // partition begins depends on its own sequence alone; only who works on it, and whether it is walked in
 // a group, depends on the batch.
 struct PartitionWalk {
+    static constexpr int64 EVERY = -1;
+
     const int* seq_lens;  // [num_seqs]
     int num_seqs;
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
-    int64 num_grouped = 0;  // sequences within so many partitions, from the first on, are walked in groups
+    int64 num_single = EVERY;  // partitions, at the end, that are walked one by one
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
-    bool is_grouped = false;   // it is walked in groups
+    bool is_grouped = false;   // it is walked in groups: it ends before those
     int num_steps = 0;         // through it
     int64 before = 0;          // steps through all sequences before it
 
     // A window of sequences, one a lane: to seek within it asks nothing of global memory.
     int first = -WARP, length = 0, count = 0;
     int64 partitions_through = 0, through = 0;  // partitions and steps up to and with this lane's sequence
+    int64 num_grouped = 0;
 
     __device__ int partitions_of(int tokens) const {
         const int size = partition_size_of(tokens, partition_size);
@@ -55,7 +58,8 @@ struct PartitionWalk {
         return max(partitions, min_partitions);
     }
 
-    // Partitions of all sequences. By a whole warp.
+    // Partitions of all sequences; there is no scratch memory for as many as 32 bits cannot count. By a
+    // whole warp.
     __device__ int64 total() const {
         int sum = 0;
 #pragma unroll 4
@@ -85,6 +89,10 @@ struct PartitionWalk {
             length = there ? seq_lens[first + lane] : 0;
             const int partitions = there ? partitions_of(readable_tokens(length, max_seq_len)) : 0;
             partitions_through = __shfl_sync(ALL_LANES, partitions_through, WARP - 1) + lanes_prefix_sum(partitions);
+            if (first == 0 && num_single != EVERY) {
+                const int64 in_window = __shfl_sync(ALL_LANES, partitions_through, WARP - 1);
+                num_grouped = (num_seqs > WARP ? total() : in_window) - num_single;
+            }
             count = partitions_through <= num_grouped ? ceil_div(partitions, GROUP) : partitions;
             through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_params.cuh"
 #include "barriers.cuh"
+#include "head_sum.cuh"
 #include "mma.cuh"
 #include "nodes.cuh"
 #include "orders.cuh"
@@ -167,10 +168,11 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
 
     for (uint32 number = 0;; number++) {
         auto& order = shared.order[number % Shared::ORDERS];
-        // Not only a wait for the order: the clerk may be waiting for a sum, and the fetcher for the clerk.
+        // Not only a wait for the order: the clerk may be waiting for a sum, and the fetcher for the clerk. The
+        // lanes take one decision, whatever each of them has seen.
         for (;;) {
-            if (more_sums && shared.sum_full.is_past(sums % 2)) sum_up();
-            if (order.full.is_past(number / Shared::ORDERS % 2)) break;
+            if (more_sums && __all_sync(ALL_LANES, shared.sum_full.is_past(sums % 2))) sum_up();
+            if (__all_sync(ALL_LANES, order.full.is_past(number / Shared::ORDERS % 2))) break;
             pause();
         }
         if (order.is_last) break;

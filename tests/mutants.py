@@ -103,7 +103,7 @@ MUTANTS = (
     ),
     Mutant(
         "the last partition of a group is left out, where thread blocks did one each",
-        "kernels/nodes.cuh",
+        "kernels/head_sum.cuh",
         "if (i >= nodes) break;",
         "if (i >= nodes - 1) break;",
     ),

@@ -397,3 +397,62 @@ def test_the_picture_has_what_is_on_the_host():
     )
     assert lines[6] == "  host      4 blocks: 3 used, 1 sequences; 3 offloaded, 0 restored"
     assert "sequence 1: 5 tokens, 2 blocks" in cache._repr_html_()
+
+
+# ---- what is interrupted ----
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def of_ones():
+    """A cache of ones on the host, which is full of sevens, and a sequence of all its blocks."""
+    cache = PagedKVCache(
+        1, 3, num_kv_heads=1, head_size=8, dtype="float32", framework="numpy", num_host_blocks=3
+    )
+    sequence = cache.add(range(40))
+    ones = np.ones((40, 1, 8), np.float32)
+    cache.write(0, ones, ones, cache.batch([sequence]))
+    cache._host._bits[...] = 7
+    return cache, sequence
+
+
+def interrupt(*_):
+    raise Interrupted
+
+
+def attended(cache, sequence):
+    cache.append(sequence, [1])
+    batch = cache.batch([sequence])
+    row = np.ones((1, 1, 8), np.float32)
+    cache.write(0, row, row, batch)
+    return cache.attend(0, row, batch)
+
+
+def test_an_interrupted_offload_leaves_nothing_to_be_found(of_ones, monkeypatch):
+    cache, sequence = of_ones
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._host, "copy_out", interrupt)
+        with pytest.raises(Interrupted):
+            cache.offload(sequence)
+    assert not sequence.is_offloaded and cache.num_host_available == 3
+    cache.offload(sequence)
+    cache.key_caches[0][...] = cache.value_caches[0][...] = np.nan
+    cache.pool.allocator.evict()
+    cache.restore(sequence)
+    assert (attended(cache, sequence) == 1).all()
+
+
+def test_an_interrupted_restore_holds_no_blocks(of_ones, monkeypatch):
+    cache, sequence = of_ones
+    cache.offload(sequence)
+    cache.pool.allocator.evict()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._host, "copy_in", interrupt)
+        with pytest.raises(Interrupted):
+            cache.restore(sequence)
+    assert sequence.is_offloaded and cache.num_available == 3
+    cache.restore(sequence)
+    assert (attended(cache, sequence) == 1).all()

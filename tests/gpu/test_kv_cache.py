@@ -8,6 +8,7 @@ import cupy
 import numpy as np
 import pytest
 
+from cupy_paged import PagedKVCache
 from support import compare, frameworks
 from support.kv_cache_suite import NUM_LAYERS, KVCacheSuite, Story
 
@@ -84,6 +85,14 @@ def test_decode_steps_replayed_from_a_graph():
             eager = story.check(batch, [(s, len(s)) for s in story.on_device()])
             for got, want in zip(outs, eager, strict=True):
                 compare.bitwise(arrays.numpy(got), want)
+
+
+@pytest.mark.parametrize("device", [None, 0])
+def test_a_cache_by_the_name_of_its_framework(device):
+    cache = PagedKVCache(
+        1, 4, num_kv_heads=1, head_size=8, dtype="float16", framework="cupy", device=device
+    )
+    assert isinstance(cache.key_caches[0], cupy.ndarray) and cache.place == "cupy on cuda:0"
 
 
 # ---- moves to the host and back, beside the steps ----

@@ -114,6 +114,7 @@ class FakeCuPy:
             return SimpleNamespace(get_function={name: raw}.__getitem__)
 
         def set_device(device):
+            assert isinstance(device, int)
             fake.device, fake.has_context = device, True
 
         def set_context(context):
