@@ -209,7 +209,7 @@ class Scratch(NamedTuple):
 
 
 def check_scratch(call: Call, out: Array, exp_sums: Any, max_logits: Any, tmp_out: Any) -> Scratch:
-    """The caller's scratch, which shares no memory with itself or `out`."""
+    """The caller's scratch, which shares no memory with itself, `out` or what the call reads."""
     scratch = Scratch(
         array(exp_sums, "exp_sums", call.stream),
         array(max_logits, "max_logits", call.stream),
@@ -219,7 +219,7 @@ def check_scratch(call: Call, out: Array, exp_sums: Any, max_logits: Any, tmp_ou
     for a in scratch:
         checks.is_writable(a, _INTO_NEW)
         checks.is_packed(a)
-    checks.are_apart([out, *scratch])
+    checks.are_apart(scratch, [out, *call.arrays])
     checks.has_dims(scratch.exp_sums, "[num_seqs, num_heads, max_num_partitions]")
     num_partitions = scratch.exp_sums.shape[2]
     shape = (*call.state_shape, num_partitions)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -64,8 +67,9 @@ def copy_blocks(
 
     key_caches,      lists of one array a layer, [num_blocks, ...] of any dtype, written in place,
     value_caches     so not JAX's. All have as many blocks, of as many bytes. Blocks may be any
-                     distance apart; each must be contiguous, its dimensions in any order. Where
-                     one array holds keys and values (MLA), value_caches is empty
+                     distance apart, with those of other caches between them; each must be
+                     contiguous, its dimensions in any order. A cache of several layers is copied
+                     once. Where one array holds keys and values (MLA), value_caches is empty
     block_mapping    int64 [num_pairs, 2] of (source, destination), beside the caches or on the
                      host. A pair with a negative block is skipped, and so is, where the pairs are
                      on a GPU, one with a block past the end
@@ -125,6 +129,8 @@ def copy_blocks(
         pairs = _pairs(mapping.bits, first.shape[0], first.shape[0])
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         _check_independent(pairs, pairs[:, 0], pairs[:, 1], 1)
+    caches = list({_pool(a): a for a in caches}.values())
+    checks.are_apart(caches, [mapping])
     if block_bytes == 0 or mapping.shape[0] == 0 or (pairs is not None and not len(pairs)):
         return
     if first.device is HOST:
@@ -149,28 +155,38 @@ def _copy_on_gpu(
     caches: list[Array], block_bytes: int, mapping: Array, pairs: np.ndarray | None, stream: int
 ) -> None:
     first = caches[0]
-    width = min(a.alignment(range(1), math.prod(a.shape[1:])) for a in caches)
+    pools = [_pool(a) for a in caches]
+    groups = [(mapping.pointer, mapping.shape[0], [])]
+    if pairs is not None:
+        some = (pairs[i : i + MAX_PAIRS] for i in range(0, len(pairs), MAX_PAIRS))
+        groups = [(0, len(group), group.ravel().tolist()) for group in some]
+    bits = functools.reduce(operator.or_, itertools.chain(*pools), block_bytes | 16)
+    width = bits & -bits
     kernel = copy_kernel(width)
     units_of_block = -(-block_bytes // (_UNIT * width))
-    common = {"num_blocks": first.shape[0], "block_bytes": block_bytes}
-    groups = [{"block_mapping": mapping.pointer, "num_pairs": mapping.shape[0]}]
-    if pairs is not None:
-        groups = [
-            {"block_mapping": 0, "num_pairs": len(some)}
-            | dict(zip(_PAIR_FIELDS, some.ravel().tolist(), strict=False))
-            for some in (pairs[i : i + MAX_PAIRS] for i in range(0, len(pairs), MAX_PAIRS))
-        ]
     arrays = caches if pairs is not None else [*caches, mapping]
     with ordered(stream, first.device, first.framework, arrays):
-        for start in range(0, len(caches), MAX_POOLS):
-            pools = caches[start : start + MAX_POOLS]
-            places = [n for a in pools for n in (a.pointer, a.strides[0] * itemsize(a.dtype))]
-            common |= dict.fromkeys(_POOL_FIELDS + _PAIR_FIELDS, 0)
-            common |= dict(zip(_POOL_FIELDS, places, strict=False)) | {"num_pools": len(pools)}
-            for group in groups:
-                units = group["num_pairs"] * len(pools) * units_of_block
+        for start in range(0, len(pools), MAX_POOLS):
+            some_pools = pools[start : start + MAX_POOLS]
+            pool_fields = _filled(itertools.chain(*some_pools), len(_POOL_FIELDS))
+            for pointer, num_pairs, numbers in groups:
+                pair_fields = _filled(numbers, len(_PAIR_FIELDS))
+                sizes = num_pairs, first.shape[0], block_bytes, len(some_pools)
+                params = COPY_PARAMS.pack_in_order([*pool_fields, *pair_fields, pointer, *sizes])
+                units = num_pairs * len(some_pools) * units_of_block
                 work = min(-(-units // (NUM_THREADS // 32)), _MAX_GRID)
-                launch(kernel, first.device, stream, work, COPY_PARAMS.pack(common | group))
+                launch(kernel, first.device, stream, work, params)
+
+
+def _pool(a: Array) -> tuple[int, int]:
+    """Where blocks are: the address of the first one, and bytes from each to the next."""
+    return a.pointer, a.strides[0] * itemsize(a.dtype)
+
+
+def _filled(numbers: Iterable[int], length: int) -> list[int]:
+    """The numbers, with zeros for those that are missing."""
+    found = list(numbers)
+    return found + [0] * (length - len(found))
 
 
 def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -309,15 +325,22 @@ def _block_bytes(a: Array) -> int:
     """Size of a block; raises ValueError unless it is one piece of memory."""
     if not a.shape:
         raise ValueError(f"{a.name}: has no dimensions, needs [num_blocks, ...]")
+    if 0 not in a.shape and not _is_one_piece(a.shape[1:], a.strides[1:]):
+        raise ValueError(
+            f"{a.name}: strides {a.strides} of shape {a.shape} scatter a block, "
+            "which must be contiguous"
+        )
+    return math.prod(a.shape[1:]) * itemsize(a.dtype)
+
+
+@functools.lru_cache(maxsize=256)  # the blocks of all layers are alike
+def _is_one_piece(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for stride, size in sorted(zip(a.strides[1:], a.shape[1:], strict=True)):
-        if size > 1 and stride != expected and 0 not in a.shape:
-            raise ValueError(
-                f"{a.name}: strides {a.strides} of shape {a.shape} scatter a block, "
-                "which must be contiguous"
-            )
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
         expected *= size
-    return expected * itemsize(a.dtype)
+    return True
 
 
 def _addresses(a: Array, blocks: np.ndarray) -> np.ndarray:

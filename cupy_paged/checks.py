@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cupy_paged.arrays import HOST, Array, array, is_array
 from cupy_paged.dtypes import itemsize
+from cupy_paged.overlap import sharing
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LEAST_SCALE = np.finfo(np.float32).tiny  # kernels take what is below for 0, and divide by it
 
 
 def is_shape(a: Array, expected: tuple[int, ...], meaning: str) -> None:
@@ -54,17 +57,24 @@ def is_writable(a: Array, instead: str) -> None:
         raise TypeError(f"{a.name}: is a jax.Array, which is immutable; {instead}")
     if not a.writable:
         raise ValueError(f"{a.name}: is read-only, needs a writable array")
-    if 0 in a.shape:
-        return
+    if not _are_separate(a.shape, a.strides):
+        raise ValueError(
+            f"{a.name}: strides {a.strides} of shape {a.shape} make elements share memory "
+            "or run backwards, needs separate elements"
+        )
+
+
+@functools.lru_cache(maxsize=256)  # the caches of all layers are alike
+def _are_separate(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if 0 in shape:
+        return True
     extent = 0  # of the dimensions so far, from the innermost, in elements
-    for stride, size in sorted(zip(a.strides, a.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride <= extent:
-                raise ValueError(
-                    f"{a.name}: strides {a.strides} of shape {a.shape} make elements share memory "
-                    "or run backwards, needs separate elements"
-                )
+                return False
             extent += (size - 1) * stride
+    return True
 
 
 def is_aligned(a: Array, elements: int) -> None:
@@ -74,22 +84,16 @@ def is_aligned(a: Array, elements: int) -> None:
         raise ValueError(f"{a.name}: address {a.pointer:#x}, needs a multiple of {needed} bytes")
 
 
-def are_apart(arrays: list[Array]) -> None:
-    """Raises ValueError if two of the arrays, which are all to be written, share memory."""
-
-    def end(a: Array) -> int:
-        reach = sum((n - 1) * stride for n, stride in zip(a.shape, a.strides, strict=True))
-        return a.pointer + (reach + 1) * itemsize(a.dtype)
-
-    ordered = sorted((a for a in arrays if 0 not in a.shape), key=lambda a: a.pointer)
-    for first, second in itertools.pairwise(ordered):
-        if second.pointer < end(first):
-            raise ValueError(f"{second.name}: shares memory with {first.name}, needs its own")
+def are_apart(written: Sequence[Array], read: Sequence[Array] = ()) -> None:
+    """Raises ValueError if an array that is to be written shares memory with one of the others."""
+    if found := sharing(written, read):
+        one, other = found
+        raise ValueError(f"{one.name}: shares memory with {other.name}, needs its own")
 
 
 def runs_forward(a: Array) -> None:
     """Raises ValueError for negative strides."""
-    if any(stride < 0 for stride in a.strides):
+    if min(a.strides, default=0) < 0:
         raise ValueError(
             f"{a.name}: negative strides {a.strides}, needs an array that runs forward"
         )
@@ -142,8 +146,8 @@ def scale(x: Any, name: str, stream: int) -> float | Array:
         if read.device is not HOST:
             return read
         value = host_scale(read)
-    if np.float32(is_finite(value, name)) <= 0:
-        raise ValueError(f"{name}: got {value}, needs a positive float32")
+    if np.float32(is_finite(value, name)) < _LEAST_SCALE:
+        raise ValueError(f"{name}: got {value}, needs a positive float32 that is not subnormal")
     return read if is_array(x) else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cupy_paged import gpu
@@ -25,7 +25,8 @@ class Params:
         self.memory = ctypes.create_string_buffer(_ADDRESS.size + len(packed))
         self.address = ctypes.addressof(self.memory)
         _ADDRESS.pack_into(self.memory, 0, self.address + _ADDRESS.size)
-        self.memory[_ADDRESS.size :] = packed
+        # To assign to a slice of a ctypes array would go byte by byte.
+        ctypes.memmove(self.address + _ADDRESS.size, packed, len(packed))
 
 
 class ParamTemplate:
@@ -70,6 +71,10 @@ class ParamStruct:
     def pack(self, values: Mapping[str, Any]) -> Params:
         """The struct; every field must be given."""
         return Params(self._packed(values))
+
+    def pack_in_order(self, values: Sequence[int | float]) -> Params:
+        """The struct from the values of all fields in their order, for structs of hundreds."""
+        return Params(self._struct.pack(*values))
 
     def template(self, values: Mapping[str, Any]) -> ParamTemplate:
         """The struct without its pointers, which come first; every other field must be given."""

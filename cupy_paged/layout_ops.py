@@ -134,7 +134,8 @@ def gather_cache(
 
     key, value       [num_tokens, num_kv_heads, head_size], written in place, so not JAX's; of the
                      caches' dtype: the bits are kept; float16, bfloat16 or float32 where the caches
-                     are fp8: codes become code * scale. Tokens and heads may be any distance apart
+                     are fp8: codes become code * scale. Tokens and heads may be any distance apart;
+                     no element shares memory with one of another array
     key_cache,       in `layout`, see cupy_paged.layouts
     value_cache
     block_tables     int32 [num_seqs, max_num_blocks_per_seq]
@@ -198,6 +199,7 @@ def gather_cache(
     for a in (ends, starts):
         if a is not None:
             checks.is_packed(a)
+    checks.are_apart(rows, given[2:])
     if rows[0].shape[0] == 0 or num_seqs == 0:
         return
     if rows[0].device is HOST:
@@ -310,7 +312,7 @@ def convert_layout(
     key_cache,           of any cache dtype, in `layout`, see cupy_paged.layouts
     value_cache
     new_key_cache,       of the same dtype and sizes, in `new_layout`, written in place, so not
-    new_value_cache      JAX's; they share no memory with the others
+    new_value_cache      JAX's; no element shares memory with one of another array
     layout, new_layout   "vllm", "HND" or "NHD", but not the same one twice
     stream               CUDA stream to run on; by default the current one of key_cache's framework
 
@@ -339,10 +341,7 @@ def convert_layout(
         got, needed = getattr(target, name), getattr(cache, name)
         if got != needed:
             raise ValueError(f"new_key_cache: {name} {got} does not match key_cache's {needed}")
-    for a in new:
-        for other in old:
-            checks.are_apart([a, other])
-    checks.are_apart(list(new))
+    checks.are_apart(new, old)
     if cache.num_blocks == 0:
         return
     if old[0].device is HOST:

@@ -59,7 +59,8 @@ def concat_and_cache_mla(
                      distance apart; may have more tokens than slot_mapping
     k_pe             [num_tokens, pe_dim], as kv_c
     kv_cache         [num_blocks, block_size, kv_lora_rank + pe_dim], of the same dtype, or fp8;
-                     blocks and tokens may be any distance apart; written in place, so not JAX's
+                     blocks and tokens may be any distance apart; written in place, so not JAX's;
+                     no element shares memory with one of another array
     slot_mapping     int64 [num_tokens], block * block_size + offset; negative: skip the token. A
                      slot past the end of the cache is an IndexError on the host, and is skipped on
                      a GPU
@@ -111,6 +112,7 @@ def concat_and_cache_mla(
         raise ValueError(
             f"slot_mapping: {slots.shape[0]} slots for kv_c's {num_tokens} tokens, needs no more"
         )
+    checks.are_apart([cache], [a for a in given if a is not cache])
     if slots.shape[0] == 0 or width == 0:
         return
     if latent.device is HOST:

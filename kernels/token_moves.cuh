@@ -56,10 +56,12 @@ __device__ inline void move_channels(const Source* source, Target* target, float
     }
 }
 
-// A tile on its way through shared memory: a token's channels in a row. Rows are an odd number of
-// words apart, so that neither a column nor a row meets a bank twice.
+// A tile on its way through shared memory: a token's channels in a row. A warp that takes columns has
+// WARP / TOKENS of them: with rows as many elements further apart, in words, it meets no bank twice,
+// nor much where TOKENS is no power of two.
 template <class T, int TOKENS> struct TurnedTile {
-    static constexpr int CHANNELS = 64, PITCH = CHANNELS + 4 / int(sizeof(T));
+    static constexpr int OF_WORD = 4 / int(sizeof(T)), GAP = WARP / TOKENS / OF_WORD * OF_WORD;
+    static constexpr int CHANNELS = 64, PITCH = CHANNELS + (GAP ? GAP : OF_WORD);
     alignas(4) T element[TOKENS * PITCH];
 };
 

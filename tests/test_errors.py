@@ -171,6 +171,7 @@ V2 = [
     ("exp_sums is max_logits", lambda g: {"exp_sums": g["max_logits"]}, ValueError, "^(exp_sums|max_logits): shares memory with (exp_sums|max_logits)"),
     ("exp_sums overlaps max_logits", lambda _: sharing(np.float32, exp_sums=(2, 4, 3), max_logits=(2, 4, 3)), ValueError, "^max_logits: shares memory with exp_sums"),
     ("tmp_out overlaps out", lambda _: sharing(np.float16, out=(2, 4, 64), tmp_out=(2, 4, 3, 64)), ValueError, "^tmp_out: shares memory with out"),
+    ("tmp_out is part of key_cache", lambda g: {"tmp_out": g["key_cache"].reshape(-1)[: 2 * 4 * 3 * 64].reshape(2, 4, 3, 64)}, ValueError, "^tmp_out: shares memory with key_cache"),
     ("tmp_out is off by 1 element", via("tmp_out", off_by(2)), ValueError, "^tmp_out: address 0x.*multiple of 8 bytes"),
     ("tmp_out is off by 2 elements", lambda g: {"tmp_out": off_by(8)(g["tmp_out"].astype(np.float32))}, ValueError, "^tmp_out: address 0x.*multiple of 16 bytes"),
     ("partition_size is 24", to(partition_size=24), ValueError, "^partition_size: got 24, needs a multiple of 16"),
@@ -295,6 +296,18 @@ def mapping(*pairs, dtype=np.int64):
     return to(block_mapping=np.array(pairs, dtype))
 
 
+def mapping_in_cache(cache):
+    return {"key_caches": [cache], "value_caches": [], "block_mapping": cache[0, :4].reshape(2, 2)}
+
+
+def interleaved_layers(_):
+    """Keys and values that take turns in one allocation, and begin one element too near."""
+    memory = np.full(6 * 2 * 2048, 7, np.float16)
+    blocks = np.lib.stride_tricks.as_strided(memory, (6, 2048), (2 * 4096, 2))
+    later = np.lib.stride_tricks.as_strided(memory[2047:], (6, 2048), (2 * 4096, 2))
+    return {"key_caches": [blocks], "value_caches": [later]}
+
+
 MAPPING = [
     *not_arrays("block_mapping"),
     *bad_memory("block_mapping"),
@@ -325,9 +338,13 @@ COPY = [
     ("a layer has no dimensions", second("key_caches", lambda _: np.array(1.0, np.float16)), ValueError, r"^key_caches\[1\]: has no dimensions"),
     ("a destination past the end", mapping((0, 6)), IndexError, "^block_mapping: destination block 6, needs less than 6"),
     ("a chain", mapping((0, 1), (1, 2)), ValueError, "^block_mapping: source block 1 is a destination, too"),
+    ("two layers overlap", lambda _: {"key_caches": [*sharing(np.float16, x=(6, 2, 16, 64), y=(6, 2, 16, 64)).values()]}, ValueError, r"^key_caches\[1\]: shares memory with key_caches\[0\]"),
     ("layout is unknown", to(layout="hnd"), ValueError, "^layout: unknown 'hnd'"),
     ("layout is another one", to(layout="vllm"), ValueError, r"^key_caches\[0\]: .* 4 dimensions, needs 5"),
     ("layout without values", to(layout="HND", value_caches=[]), ValueError, "^layout: got 'HND' without value_caches"),
+    ("values overlap keys", lambda g: {"value_caches": [a.reshape(-1)[:-1024].reshape(-1, 1024)[1:7] for a in g["key_caches"]], "key_caches": [a.reshape(-1)[: 6 * 1024].reshape(6, 1024) for a in g["key_caches"]]}, ValueError, r"^value_caches\[0\]: shares memory with key_caches\[0\]"),
+    ("interleaved layers touch", interleaved_layers, ValueError, r"^value_caches\[0\]: shares memory with key_caches\[0\]"),
+    ("block_mapping is in a cache", lambda _: mapping_in_cache(np.zeros((6, 16), np.int64)), ValueError, r"^key_caches\[0\]: shares memory with block_mapping"),
     ("a layer's dtypes differ", lambda g: {"layout": "HND", **second("value_caches", lambda a: a.view(np.int16))(g)}, TypeError, r"^value_caches\[1\]: dtype int16"),
 ]  # fmt: skip
 
@@ -377,10 +394,23 @@ GATHER = [
     ("seq_starts is negative", to(seq_starts=np.array([-1, 0], np.int32)), IndexError, "^seq_starts: token -1 of sequence 0, needs"),
     ("a token past block_tables", to(seq_starts=np.array([29, 0], np.int32)), IndexError, "^seq_starts: token 32 of sequence 0, needs"),
     ("a block that is not there", to(seq_starts=np.array([0, 14], np.int32)), IndexError, r"^block_tables\[1, 1\]: block -1"),
+    ("key is value", lambda g: {"key": g["value"]}, ValueError, "^(key|value): shares memory with (key|value)"),
+    ("key overlaps value", lambda _: sharing(np.float16, key=(7, 2, 64), value=(7, 2, 64)), ValueError, "^value: shares memory with key"),
+    ("value is in key_cache", lambda g: {"value": g["key_cache"].reshape(-1)[: 7 * 2 * 64].reshape(7, 2, 64)}, ValueError, "^value: shares memory with key_cache"),
+    ("key is in block_tables", lambda g: {"block_tables": g["key"].reshape(-1)[:8].view(np.int32).reshape(2, 2)}, ValueError, "^key: shares memory with block_tables"),
     *bad_scales("k_scale"),
     *bad_scales("v_scale"),
     ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
 ]  # fmt: skip
+
+def touching(*shape):
+    """New keys and values that take turns in one allocation, and have one element in common."""
+    size = int(np.prod(shape[1:]))
+    memory = np.full(2 * shape[0] * size, 7, np.float16)
+    keys = memory.reshape(shape[0], 2 * size)[:, :size].reshape(shape)
+    values = np.lib.stride_tricks.as_strided(memory[size - 1 :], keys.shape, keys.strides)
+    return {"new_key_cache": keys, "new_value_cache": values}
+
 
 LAYOUT = [
     *not_arrays("key_cache", "value_cache", "new_key_cache", "new_value_cache"),
@@ -396,6 +426,8 @@ LAYOUT = [
     ("fewer new values", via("new_value_cache", lambda a: a[1:]), ValueError, "^new_value_cache: num_blocks 2 does not match new_key_cache's 3"),
     ("heads and tokens exchanged", to(new_key_cache=halves(3, 2, 16, 64), new_value_cache=halves(3, 2, 16, 64)), ValueError, "^new_key_cache: num_kv_heads 16 does not match key_cache's 2"),
     ("the same memory", lambda g: {"new_key_cache": g["key_cache"].swapaxes(1, 2)}, ValueError, "^(new_)?key_cache: shares memory with (new_)?key_cache"),
+    ("new keys lie in old values", lambda g: {"new_key_cache": g["value_cache"].reshape(3, 16, 2, 64)}, ValueError, "^new_key_cache: shares memory with value_cache"),
+    ("interleaved and touching", lambda _: touching(3, 16, 2, 64), ValueError, "^new_value_cache: shares memory with new_key_cache"),
     ("the same new memory", lambda g: {"new_key_cache": g["new_value_cache"]}, ValueError, "^new_(key|value)_cache: shares memory"),
     ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
 ]  # fmt: skip
@@ -411,6 +443,8 @@ MLA = [
     ("kv_cache has narrow rows", to(kv_cache=halves(3, 16, 32)), ValueError, r"^kv_cache: rows of 32 elements, needs kv_lora_rank \+ pe_dim = 32 \+ 8 = 40"),
     ("kv_cache is read-only", via("kv_cache", read_only), ValueError, "^kv_cache: is read-only"),
     ("kv_cache overlaps itself", via("kv_cache", overlapping), ValueError, "^kv_cache: strides .*share memory"),
+    ("kv_c is in kv_cache", lambda g: {"kv_c": g["kv_cache"][0, :5, :32]}, ValueError, "^kv_cache: shares memory with kv_c"),
+    ("slot_mapping is in kv_cache", lambda g: {"slot_mapping": g["kv_cache"].reshape(-1)[:20].view(np.int64)}, ValueError, "^kv_cache: shares memory with slot_mapping"),
     ("kv_cache has strided rows", via("kv_cache", strided), ValueError, "^kv_cache: strides .*contiguous"),
     ("kv_cache has empty blocks", to(kv_cache=halves(3, 0, 40)), ValueError, r"^kv_cache: shape \(3, 0, 40\), needs a block_size"),
     ("slot_mapping is int32", via("slot_mapping", np.int32), TypeError, "^slot_mapping: dtype int32, needs int64"),

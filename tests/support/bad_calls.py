@@ -211,11 +211,17 @@ def bad_scales(name):
     """As `bad_numbers`, for a scale that may also be a one-element float32 array."""
     yield from bad_numbers(name)
     yield f"{name} is None", to(**{name: None}), TypeError, rf"^{name}: .*None"
+    yield f"{name} is 1e-39", to(**{name: 1e-39}), ValueError, rf"^{name}: .*1e-39.*not subnormal"
+    yield f"{name} is a list", to(**{name: [1.0]}), TypeError, rf"^{name}: .*list.*number"
+    yield f"{name} is complex", to(**{name: 1j}), TypeError, rf"^{name}: .*complex.*number"
     for wrong, value, error, message in (
         ("has 2 elements", np.ones(2, np.float32), ValueError, r"\(2,\).*one element"),
         ("has no element", np.ones(0, np.float32), ValueError, r"\(0,\).*one element"),
         ("is float16", np.ones(1, np.float16), TypeError, "float16.*float32"),
         ("is an array of 0", np.zeros(1, np.float32), ValueError, "0.0.*positive"),
+        ("is an array of -1", np.full(1, -1, np.float32), ValueError, "-1.0.*positive"),
+        ("is an array of NaN", np.full(1, np.nan, np.float32), ValueError, "nan.*finite"),
+        ("is an array of 1e-39", np.full(1, 1e-39, np.float32), ValueError, "e-39.*subnormal"),
     ):
         yield f"{name} {wrong}", to(**{name: value}), error, rf"^{name}: .*{message}"
 
