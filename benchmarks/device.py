@@ -66,6 +66,22 @@ class Device:
             (memory, count, table, np.int32(TABLE_SIZE), np.int64(seed)),
         )
 
+    def pinned(self, num_bytes: int) -> np.ndarray:
+        """Memory of the host that the device copies from and to by itself."""
+        import cupyx
+
+        return cupyx.empty_pinned(num_bytes, np.uint8)
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Queues the driver's copy of bytes, between here and here or pinned memory."""
+        ends = [
+            x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr for x in (target, source)
+        ]
+        cuda = self._cupy.cuda
+        cuda.runtime.memcpyAsync(
+            *ends, source.nbytes, cuda.runtime.memcpyDefault, cuda.get_current_stream().ptr
+        )
+
     def spoil(self, memory: Any) -> None:
         """Fills memory with NaN, in any dtype."""
         memory.data.memset(255, memory.nbytes)

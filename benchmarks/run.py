@@ -15,6 +15,7 @@ from benchmarks import (
     environment,
     host_suite,
     merge_suite,
+    moves_suite,
     ours,
     peers,
     render,
@@ -23,7 +24,7 @@ from benchmarks import (
 from benchmarks.results import SKIPPED, Result
 from benchmarks.runner import DeviceLost, Runner
 
-SUITES = ("anchors", "wide", "merge", "host", "compile")
+SUITES = ("anchors", "wide", "merge", "moves", "host", "compile")
 SYSTEMS = ("ours", "floor", *peers.MODULES)
 RESULTS = Path(__file__).parent / "results"
 
@@ -168,6 +169,8 @@ def measure(runner: Runner, arguments: argparse.Namespace, systems: Sequence[str
             )
         elif suite == "merge":
             merge_suite.run(runner, arguments.shapes, systems, arguments.replays)
+        elif suite == "moves":
+            moves_suite.run(runner, arguments.shapes, systems, arguments.replays)
         elif suite == "host":
             host_suite.run(runner)
         else:

@@ -23,7 +23,9 @@ def markdown(result: Result, title: str, picture: str | None = None) -> str:
             for dtypes in in_order(m.dtypes for m in found):
                 parts += _attention(suite, dtypes, [m for m in found if m.dtypes == dtypes])
         else:
-            parts += {"merge": _merge, "host": _host, "compile": _compile}[suite](found)
+            parts += {"merge": _merge, "moves": _moves, "host": _host, "compile": _compile}[suite](
+                found
+            )
     parts += _spread(result.measurements)
     parts += _accuracy(result.measurements)
     parts += _without_time(result.measurements)
@@ -173,6 +175,17 @@ def _merge(found: Measurements) -> list[str]:
         rows.append([shape, size(moved), *cells, *old])
     header = ["shape", "moved", *names, *(f"{name}, published" for name in published.MERGE)]
     return ["## merge_attn_states, bf16", table(header, rows)]
+
+
+def _moves(found: Measurements) -> list[str]:
+    rows = []
+    for shape in in_order(m.shape for m in found):
+        by_system = {m.system: m for m in found if m.shape == shape}
+        one = next(iter(by_system.values()))
+        cells = [cell(by_system.get(name)) for name in ("floor", "ours")]
+        rows.append([one.problem, size(one.moved_bytes or 0), *cells])
+    header = ["move", "read and written", "the driver's copy", "ours"]
+    return ["## Moves, bf16", table(header, rows)]
 
 
 def _host(found: Measurements) -> list[str]:

@@ -29,6 +29,7 @@ from benchmarks import (
     frameworks,
     host_suite,
     merge_suite,
+    moves_suite,
     peers,
     published,
     results,
@@ -70,6 +71,13 @@ class HostDevice:
         memory.view(STORAGE[dtype])[:] = rng.choice(
             device.normal_table(dtype), memory.size // itemsize(dtype)
         )
+
+    def pinned(self, num_bytes):
+        return self.memory(num_bytes)
+
+    def copy(self, target, source):
+        assert target.nbytes == source.nbytes
+        target[:] = source
 
     def spoil(self, memory):
         memory[:] = 255
@@ -506,6 +514,22 @@ def test_merge_suite(runner):
     assert "130x2x16" in tables.markdown(runner.result, "x")
 
 
+@pytest.mark.parametrize("move", list(moves_suite.moves([1 << 20])), ids=lambda move: move.name)
+def test_moves_suite(runner, move):
+    moves_suite.run(runner, [], ["ours", "floor"], chosen=[move])
+    copy, ours = runner.result.measurements
+    assert (copy.status, ours.status, ours.op) == ("ok", "ok", move.op)
+    assert (ours.error, ours.efficiency, ours.moved_bytes) == (0.0, 1.0, 2 << 20)
+    assert move.words in tables.markdown(runner.result, "x")
+
+
+def test_a_move_that_moves_nothing_is_wrong(runner, monkeypatch):
+    move = moves_suite.Move("gather_cache", 1 << 20)
+    monkeypatch.setattr(cupy_paged, "gather_cache", lambda *a, **k: None)
+    moves_suite.run(runner, [], ["ours"], chosen=[move])
+    assert runner.result.measurements[0].status == "wrong"
+
+
 def test_merge_shapes_are_those_published():
     assert [s.name for s in merge_suite.SHAPES] == list(published.MERGE["FlashInfer 0.6.4"])
 
@@ -824,13 +848,14 @@ def test_measure_runs_the_suites_that_were_asked_for(runner, monkeypatch):
     ran = []
     monkeypatch.setattr(attention_suite, "run", lambda s, cases, *rest: ran.append(cases))
     monkeypatch.setattr(merge_suite, "run", lambda *a: ran.append("merge"))
+    monkeypatch.setattr(moves_suite, "run", lambda *a: ran.append("moves"))
     monkeypatch.setattr(host_suite, "run", lambda s: ran.append("host"))
     monkeypatch.setattr(compile_suite, "run", lambda s: ran.append("compile"))
     run.measure(runner, parse("--suite", "all", "--shapes", "b1_8k", "base"), ["ours"])
     anchors, wide, *rest = ran
     assert [(c.shape.name, c.dtypes) for c in anchors] == [("b1_8k", "bf16"), ("b1_8k", "fp8")]
     assert [c.shape.name for c in wide] == ["base"] * 3
-    assert rest == ["merge", "host", "compile"]
+    assert rest == ["merge", "moves", "host", "compile"]
 
 
 def test_run_leaves_a_document_tables_and_a_chart(tmp_path, monkeypatch, capsys):
