@@ -2,19 +2,23 @@
 
 import contextlib
 import ctypes
+import itertools
+import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cupy_paged import block_ops, gpu
-from support import frameworks
+from cupy_paged import block_ops, compiler, gpu, in_flight
+from support import compare, fake_cupy, frameworks, oracle
 from support.block_suite import (
     CopyBlocksSuite,
     GatherSuite,
     LayoutSuite,
     MlaSuite,
     SwapBlocksSuite,
+    pairs,
+    random_bits,
 )
 
 
@@ -63,6 +67,70 @@ class TestMla(MlaSuite):
 def test_runs_are_as_long_as_they_can_be():
     pairs = [[0, 4], [1, 5], [2, 6], [3, 0], [4, 1], [7, 3], [8, 2]]
     assert block_ops.runs(np.array(pairs)) == [(0, 4, 3), (3, 0, 2), (7, 3, 1), (8, 2, 1)]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A CuPy that copies blocks as the kernel would, by the parameters that it is launched with."""
+    machine = fake_cupy.FakeCuPy()
+    monkeypatch.setattr(gpu, "cupy", lambda: machine)
+    monkeypatch.setattr(in_flight, "_queues", {})
+    monkeypatch.setattr(compiler, "_loaded", {})
+    machine.launched = copy_as_launched
+    return machine
+
+
+def copy_as_launched(address):
+    params = block_ops.COPY_PARAMS
+    codes = {"pointer": "P", "int64": "q", "int": "i"}
+    layout = "@" + "".join(codes[kind] for kind in params.fields.values()) + "0q"
+    packed = ctypes.string_at(address, params.size)
+    fields = dict(zip(params.fields, struct.unpack(layout, packed), strict=True))
+    num_pairs = fields["num_pairs"]
+    if fields["block_mapping"]:
+        mapping = struct.unpack(
+            f"@{2 * num_pairs}q", ctypes.string_at(fields["block_mapping"], 16 * num_pairs)
+        )
+    else:
+        ends = ("source", "destination")
+        mapping = [fields[f"pairs[{i}].{end}"] for i in range(num_pairs) for end in ends]
+    copies = list(zip(mapping[::2], mapping[1::2], strict=True))
+    for pool, (start, end) in itertools.product(range(fields["num_pools"]), copies):
+        if min(start, end) >= 0 and max(start, end) < fields["num_blocks"]:
+            blocks, stride = (fields[f"pools[{pool}].{name}"] for name in ("blocks", "stride"))
+            ctypes.memmove(blocks + end * stride, blocks + start * stride, fields["block_bytes"])
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize(
+    ("num_layers", "num_pairs", "num_launches"),
+    [(1, 1, (1, 1)), (80, 80, (1, 1)), (81, 170, (2, 6))],
+)
+def test_launches_are_given_every_cache_and_pair(
+    machine, rng, num_layers, num_pairs, num_launches, on_host
+):
+    owner = random_bits(rng, (400, num_layers, 2, 20), np.uint8)
+    expected = owner.copy()
+    block_mapping = pairs(rng, 400, num_pairs, skipped=0)
+    parts = [[owner[:, i, part, :18] for i in range(num_layers)] for part in range(2)]
+    caches = [[fake_cupy.ndarray(cache) for cache in some] for some in parts]
+    mapping = block_mapping if on_host else fake_cupy.ndarray(block_mapping)
+    block_ops.copy_blocks(*caches, mapping)
+    expected[..., :18] = oracle.copy_blocks(expected[..., :18], block_mapping)
+    compare.bitwise(owner, expected)
+    assert sum(call[1] == "launchKernel" for call in machine.take()) == num_launches[on_host]
+
+
+@pytest.mark.parametrize(
+    ("address", "stride", "width"), [(0, 32, 16), (8, 32, 8), (0, 20, 4), (2, 64, 2)]
+)
+def test_accesses_are_as_wide_as_blocks_allow(machine, address, stride, width):
+    memory = np.zeros(1024, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 + address :]
+    cache = np.lib.stride_tricks.as_strided(memory, (4, 16), (stride, 1))
+    block_ops.copy_blocks([fake_cupy.ndarray(cache)], [], np.array([[0, 1]]))
+    (name,) = {call[2] for call in machine.take() if call[1] == "launchKernel"}
+    assert f"copy_blocks<{width}," in name
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ COPY = [
     ("layout is unknown", to(layout="hnd"), ValueError, "^layout: unknown 'hnd'"),
     ("layout is another one", to(layout="vllm"), ValueError, r"^key_caches\[0\]: .* 4 dimensions, needs 5"),
     ("layout without values", to(layout="HND", value_caches=[]), ValueError, "^layout: got 'HND' without value_caches"),
-    ("values overlap keys", lambda g: {"value_caches": [a.reshape(-1)[:-1024].reshape(-1, 1024)[1:7] for a in g["key_caches"]], "key_caches": [a.reshape(-1)[: 6 * 1024].reshape(6, 1024) for a in g["key_caches"]]}, ValueError, r"^value_caches\[0\]: shares memory with key_caches\[0\]"),
+    ("values overlap keys", lambda g: {"value_caches": [a.reshape(-1)[:-1024].reshape(-1, 1024)[1:7] for a in g["key_caches"]], "key_caches": [a.reshape(-1)[: 6 * 1024].reshape(6, 1024) for a in g["key_caches"]]}, ValueError, r"^value_caches\[(\d)\]: shares memory with key_caches\[\1\]"),
     ("interleaved layers touch", interleaved_layers, ValueError, r"^value_caches\[0\]: shares memory with key_caches\[0\]"),
     ("block_mapping is in a cache", lambda _: mapping_in_cache(np.zeros((6, 16), np.int64)), ValueError, r"^key_caches\[0\]: shares memory with block_mapping"),
     ("a layer's dtypes differ", lambda g: {"layout": "HND", **second("value_caches", lambda a: a.view(np.int16))(g)}, TypeError, r"^value_caches\[1\]: dtype int16"),
@@ -402,6 +402,7 @@ GATHER = [
     *bad_scales("v_scale"),
     ("stream is text", to(stream="0"), TypeError, "^stream: got str, needs"),
 ]  # fmt: skip
+
 
 def touching(*shape):
     """New keys and values that take turns in one allocation, and have one element in common."""

@@ -113,6 +113,26 @@ class CopyBlocksSuite:
             arrays, [owner], [], pairs(rng, 8, 4), cut=lambda owner: owner.swapaxes(2, 3)[:, 1]
         )
 
+    @pytest.mark.parametrize("on_host", [False, True])
+    def test_all_layers_of_one_allocation(self, arrays, rng, on_host):
+        owner = random_bits(rng, (9, 3, 2, 40), np.float16)
+        block_mapping = pairs(rng, 9, 4)
+        made = arrays.array(owner)
+        mapping = block_mapping if on_host else arrays.array(block_mapping)
+        keys, values = ([made[:, layer, part] for layer in range(3)] for part in range(2))
+        cupy_paged.copy_blocks(keys, values, mapping)
+        compare.bitwise(arrays.numpy(made), oracle.copy_blocks(owner, block_mapping))
+
+    @pytest.mark.parametrize("on_host", [False, True])
+    def test_a_cache_that_layers_share_is_copied_once(self, arrays, rng, on_host):
+        owner, own = random_bits(rng, (2, 9, 3, 40), np.float16)
+        block_mapping = pairs(rng, 9, 4)
+        shared, alone = arrays.array(owner), arrays.array(own)
+        mapping = block_mapping if on_host else arrays.array(block_mapping)
+        cupy_paged.copy_blocks([shared, alone, shared], [shared] * 3, mapping)
+        for made, before in ((shared, owner), (alone, own)):
+            compare.bitwise(arrays.numpy(made), oracle.copy_blocks(before, block_mapping))
+
     @pytest.mark.parametrize("block_mapping", [np.zeros((0, 2), np.int64), np.full((3, 2), -1)])
     def test_nothing_to_copy(self, arrays, rng, block_mapping):
         self.check(arrays, [random_bits(rng, (4, 3, 16), np.uint8)], [], block_mapping)
@@ -300,6 +320,22 @@ class GatherSuite:
         for found, expected in zip(got, want, strict=True):
             compare.bitwise(found, expected)
 
+    @LAYOUTS
+    def test_keys_and_values_take_turns_in_one_allocation(self, arrays, rng, layout):
+        case, lengths = Case(layout=layout), (33, 5)
+        *caches, tables = gather_problem(case, (0, 0), lengths, rng)
+        owner = random_bits(rng, (40, 2, case.num_kv_heads, case.head_size), np.float16)
+        made = arrays.array(owner)
+        ends = arrays.array(np.array([0, 33, 38], np.int32))
+        given = [arrays.array(x) for x in (*caches, tables)]
+        cupy_paged.gather_cache(made[:, 0], made[:, 1], *given, ends, layout=layout)
+        tokens = oracle.gather_cache(
+            *caches, tables, lengths, (0, 0), layout=layout, block_size=case.block_size
+        )
+        for part, stored in enumerate(tokens):
+            owner[:38, part] = stored
+        compare.bitwise(arrays.numpy(made), owner)
+
     @pytest.mark.parametrize("lengths", [(), (0, 0)])
     def test_nothing_to_gather(self, arrays, rng, lengths):
         case = Case()
@@ -364,6 +400,39 @@ class LayoutSuite:
     ):  # fmt: skip
         case = Case(dtype, kv_cache_dtype, layout, num_kv_heads, 1, head_size, block_size)
         self.check(arrays, rng, case, new_layout, num_blocks=2)
+
+    @CHANGES
+    @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+    def test_keys_and_values_take_turns_in_one_allocation(
+        self, arrays, rng, layout, new_layout, kv_cache_dtype
+    ):
+        cases = [
+            Case("float16", kv_cache_dtype, name, num_kv_heads=3) for name in (layout, new_layout)
+        ]
+        num_blocks, dtype = 5, cases[0].cache_dtype
+        (old_shapes, new_shapes) = map(block_shapes, cases)
+        elements = int(np.prod(new_shapes[0]))
+        old, new = random_bits(rng, (2, num_blocks, 2, elements), dtype)
+        made = [arrays.array(ops.cache_bytes(owner)) for owner in (old, new)]
+
+        def turns(owner, shapes):
+            return [owner[:, i].reshape(num_blocks, *shape) for i, shape in enumerate(shapes)]
+
+        cupy_paged.convert_layout(
+            *turns(made[0], old_shapes), layout, *turns(made[1], new_shapes), new_layout
+        )
+        block_size = cases[0].block_size
+        slots = np.arange(num_blocks * block_size)
+        tokens = oracle.gather_cache(
+            *turns(old, old_shapes), [np.arange(num_blocks)], [len(slots)], [0],
+            block_size=block_size, layout=layout,
+        )  # fmt: skip
+        rewritten = oracle.reshape_and_cache(
+            *tokens, *turns(new, new_shapes), slots, layout=new_layout, block_size=block_size
+        )
+        for i, cache in enumerate(rewritten):
+            new[:, i] = cache.reshape(num_blocks, elements)
+        compare.bitwise(arrays.numpy(made[1]).view(dtype), new)
 
     def test_no_blocks(self, arrays, rng):
         self.check(arrays, rng, Case(), "NHD", num_blocks=0)
