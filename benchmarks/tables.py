@@ -157,7 +157,7 @@ def _against_table(against: Sequence[summary.Against]) -> str:
         for a in against
     ]
     return table(
-        ["ours is so many times as fast as", "layout", "shapes", "least", "geometric mean"], rows
+        ["efficiency of ours over that of", "layout", "shapes", "least", "geometric mean"], rows
     )
 
 

@@ -271,6 +271,8 @@ class PagedKVCache:
         capture it does not: nothing has run then.
         """
         self._check_batch(layer, batch)
+        for name, rows in (("key", key), ("value", value)):
+            _check_rows(name, rows, len(batch.slot_mapping), "tokens")
         key_cache, value_cache = self.key_caches[layer], self.value_caches[layer]
         arguments = (key, value, key_cache, value_cache, batch.slot_mapping, *self._storage(layer))
         if self.layout == "vllm":
@@ -289,6 +291,7 @@ class PagedKVCache:
         query    [num_rows, num_heads, head_size]
         """
         self._check_batch(layer, batch)
+        _check_rows("query", query, len(batch.seq_lens), "rows: each_token has one for each token")
         dtype, k_scale, v_scale = self._storage(layer)
         return paged_attention(
             query, self.key_caches[layer], self.value_caches[layer], batch.block_tables,
@@ -397,8 +400,9 @@ class PagedKVCache:
         )
 
     def _check_batch(self, layer: int, batch: Batch) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer: got {layer}, needs 0 to {self.num_layers - 1}")
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch: got {type(batch).__name__}, needs what batch() has returned")
+        checks.is_int(layer, "layer", 0, self.num_layers - 1)
         if batch is not self._batch:
             raise ValueError(
                 "batch: is over; another one, or copies made early, have taken its place"
@@ -454,6 +458,12 @@ class PagedKVCache:
     def _await_host_copies(self, stream: int, *, reads: np.ndarray, writes: np.ndarray) -> None:
         if self._host is not None:
             self._host.be_awaited(stream, reads=reads, writes=writes)
+
+
+def _check_rows(name: str, x: Any, num_rows: int, of_what: str) -> None:
+    got = getattr(x, "shape", (num_rows,))[:1]  # what is no array is for the op to refuse
+    if got != (num_rows,):
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, but the batch has {num_rows} {of_what}")
 
 
 def _nothing(block: int) -> None:

@@ -357,7 +357,12 @@ def _count(count: int) -> int:
 
 
 def _ids(tokens: Iterable[int], count: int) -> list[int]:
-    ids = list(map(operator.index, tokens))
+    try:
+        ids = list(map(operator.index, tokens))
+    except TypeError:
+        raise TypeError(
+            f"tokens: got {type(tokens).__name__}, needs token ids, one integer each, as in a list"
+        ) from None
     if ids and not 0 <= min(ids) <= max(ids) < 2**63:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(f"tokens: got id {wrong}, needs ids from 0 to 2**63 - 1")

@@ -217,6 +217,30 @@ def test_wrong_arguments(options, error, words):
         new(**options)
 
 
+def test_rows_that_do_not_fit_the_batch():
+    cache = new()
+    sequence = cache.add(range(5))
+    batch = cache.batch([sequence])
+    query = np.ones((5, 1, 8), np.float32)
+    for call, error, words in (
+        (
+            lambda: cache.attend(0, query, batch),
+            ValueError,
+            "^query: shape .* has 1 rows: each_tok",
+        ),
+        (lambda: cache.write(0, ones(6), ones(5), batch), ValueError, "^key: .* has 5 tokens"),
+        (lambda: cache.write(0, ones(5), ones(4), batch), ValueError, "^value: .* has 5 tokens"),
+        (lambda: cache.write(0, ones(5), ones(5), sequence), TypeError, "^batch: got Sequence"),
+        (lambda: cache.write(ones(5), ones(5), 0, batch), TypeError, "^layer: "),
+        (lambda: cache.add("hello"), TypeError, "^tokens: got str, needs token ids"),
+        (lambda: cache.append(sequence, 7), TypeError, "^tokens: got int, needs token ids"),
+        (lambda: cache.add(np.ones((1, 3), int)), TypeError, "^tokens: got ndarray, needs token"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+    assert (len(sequence), sequence.num_written, cache.sequences) == (5, 0, [sequence])
+
+
 def test_wrong_batches():
     cache = new(max_num_seqs=2, max_num_tokens=8, max_seq_len=8)
     first, second = cache.add(range(5)), cache.add(range(4))
@@ -236,7 +260,7 @@ def test_wrong_batches():
     old, batch = cache.batch([first]), cache.batch([second])
     with pytest.raises(ValueError, match="batch: is over; another one"):
         cache.write(0, ones(5), ones(5), old)
-    with pytest.raises(ValueError, match="layer: got 1, needs 0 to 0"):
+    with pytest.raises(ValueError, match="layer: got 1, needs at most 0"):
         cache.attend(1, ones(1), batch)
     cache.free(first)
     with pytest.raises(ValueError, match="was freed"):
