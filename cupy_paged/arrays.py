@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_paged import gpu
-from cupy_paged.dtypes import STORAGE, itemsize
+from cupy_paged.dtypes import FLOATS, STORAGE, itemsize
 
 HOST = None
 """The device of an array in host memory; others are numbered by CUDA."""
@@ -133,11 +133,17 @@ def _reader(kind: type) -> Callable[[Any, str, int | None], Array] | None:
     return None
 
 
+# What arguments of these names take; the others are of floats.
+_INTEGERS = {
+    "block_tables": "int32", "seq_lens": "int32", "cu_seq_lens": "int32", "seq_starts": "int32",
+    "slot_mapping": "int64", "block_mapping": "int64",
+}  # fmt: skip
+
+
 def _checked_dtype(dtype: str, name: str) -> str:
     if dtype not in STORAGE:
-        raise TypeError(
-            f"{name}: dtype {dtype} is not supported, needs one of {', '.join(STORAGE)}"
-        )
+        needs = _INTEGERS.get(name, f"{', '.join(FLOATS)}, or fp8 where the argument allows it")
+        raise TypeError(f"{name}: dtype {dtype} is not supported, needs {needs}")
     return dtype
 
 

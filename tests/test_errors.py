@@ -9,6 +9,7 @@ import cupy_paged
 from support import compare, ops
 from support.bad_calls import (
     GOOD,
+    attention_arguments,
     bad_ints,
     bad_memory,
     bad_numbers,
@@ -519,3 +520,13 @@ def test_a_missing_argument_is_named():
 def test_an_unknown_argument_is_named(operator):
     with pytest.raises(TypeError, match="head_dim"):
         getattr(cupy_paged, operator)(**GOOD[operator](), head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("query", "needs float16, bfloat16, float32, or"), ("seq_lens", "int32$")]
+)
+def test_a_dtype_of_no_argument_names_what_this_one_needs(name, needs):
+    given = attention_arguments()
+    given[name] = given[name].astype(np.float64)
+    with pytest.raises(TypeError, match=f"^{name}: dtype float64 is not supported, .*{needs}"):
+        cupy_paged.paged_attention(**given)
