@@ -18,7 +18,7 @@ from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
 from cupy_paged.host_copies import HostCopies
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
-from cupy_paged.streams import launch_stream, owner_of
+from cupy_paged.streams import held_stream
 
 _SMALLEST_BUFFERS = 16
 _NONE = np.empty(0, np.int64)
@@ -137,8 +137,7 @@ class PagedKVCache:
         self._layers_written: set[int] = set()
         self._copies: dict[int, int] = {}  # destination -> source
         self._copied: set[int] = set()
-        self._last_stream: int | None = None  # of a batch or a write
-        self._last_owner: Any = None  # of that stream, which must live as long as it is asked
+        self._last: tuple[int, Any] | None = None  # stream of a batch or a write, and its owner
 
     # ---- sequences ----
 
@@ -248,12 +247,13 @@ class PagedKVCache:
         ):
             if most is not None and got > most:
                 raise ValueError(f"{name}: the batch has {got}, the cache was made for {most}")
-        given, stream = stream, self._stream(stream)
+        held = held_stream(self.key_caches[0], stream)
+        stream, _ = held
         self._check_outside_of_capture("batch", stream)
         self._copy_now(stream)
         written = host.tokens[0][host.tokens[0] >= 0] // self.block_size
         self._await_host_copies(stream, reads=host.blocks, writes=written)
-        self._remember(stream, self.key_caches[0], given)
+        self._last = held
         if self._buffers is None or not self._buffers.fits(host):
             self._buffers = self._new_buffers(len(host.seq_lens), host.tokens.shape[1], stream)
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
@@ -279,8 +279,8 @@ class PagedKVCache:
             reshape_and_cache(*arguments, stream=stream)
         else:
             reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
-        self._remember(launch_stream(key, stream), key, stream)
-        if not self._is_capturing(self._last_stream):
+        self._last = held_stream(key, stream)
+        if not self._is_capturing(self._last[0]):
             self._layers_written.add(layer)
             if len(self._layers_written) == self.num_layers:
                 self.commit(batch)
@@ -360,11 +360,8 @@ class PagedKVCache:
 
     # ---- arrays ----
 
-    def _stream(self, stream: Any = None) -> int:
-        return launch_stream(self.key_caches[0], stream)
-
-    def _remember(self, stream: int, leader: Any, given: Any) -> None:
-        self._last_stream, self._last_owner = stream, owner_of(leader, given)
+    def _stream(self) -> int:
+        return held_stream(self.key_caches[0], None)[0]
 
     def _is_capturing(self, stream: int) -> bool:
         device = self._leader.device
@@ -421,7 +418,7 @@ class PagedKVCache:
         if self._copies:
             # The present batch may write into a block that was freed, and is copied into now.
             self._batch = None
-            self._copy_now(self._stream() if self._last_stream is None else self._last_stream)
+            self._copy_now(self._last[0] if self._last else self._stream())
 
     def _copy_now(self, stream: int) -> None:
         if not self._copies:
@@ -453,7 +450,7 @@ class PagedKVCache:
 
     def _streams(self) -> set[int]:
         current = self._stream()
-        return {current, current if self._last_stream is None else self._last_stream}
+        return {current, self._last[0] if self._last else current}
 
     def _await_host_copies(self, stream: int, *, reads: np.ndarray, writes: np.ndarray) -> None:
         if self._host is not None:

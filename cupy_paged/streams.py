@@ -52,24 +52,28 @@ def pointer_of(stream: Any) -> int:
     )
 
 
-def owner_of(leader: Any, stream: Any) -> Any:
-    """What must be kept for `launch_stream` of the same to stay a stream. An address has no owner,
-    and torch keeps its streams for good."""
-    framework, device = location(leader)
-    if stream is not None or device is HOST or framework == "torch":
-        return stream
-    return gpu.cupy().cuda.get_current_stream(device)
-
-
 def launch_stream(leader: Any, stream: Any) -> int:
     """Pointer of the stream that an op runs on: `stream`, or the current one of the leader's owner.
 
     0 on the host, which has no streams. Raises TypeError for a `stream` that is none.
     """
+    return held_stream(leader, stream)[0]
+
+
+def held_stream(leader: Any, stream: Any) -> tuple[int, Any]:
+    """`launch_stream`, and what must be kept for it to stay a stream.
+
+    An address has no owner, and torch keeps its streams for good.
+    """
     framework, device = location(leader)
     if stream is not None:
-        return pointer_of(stream)
-    return 0 if device is HOST else current(framework, device)
+        return pointer_of(stream), stream
+    if device is HOST:
+        return 0, None
+    if framework == "torch":
+        return current(framework, device), None
+    found = gpu.cupy().cuda.get_current_stream(device)
+    return found.ptr, found
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
-from cupy_paged import PagedKVCache, cache_picture, gpu, in_flight, staging
+from cupy_paged import PagedKVCache, cache_picture, gpu, in_flight, kv_cache, staging
 from support import compare, frameworks
 from support.fake_cupy import FakeCuPy
 from support.kv_cache_suite import KVCacheSuite, Story
@@ -407,7 +407,7 @@ def test_batches_on_a_device_are_three_small_copies(fake, monkeypatch):
     cache = new(max_num_seqs=4, max_num_tokens=16, max_seq_len=32)
     on_device = cache._leader._replace(device=1)
     monkeypatch.setattr(cache, "_leader", on_device)
-    monkeypatch.setattr(cache, "_stream", lambda stream: 7)
+    monkeypatch.setattr(kv_cache, "held_stream", lambda leader, stream: (7, stream))
     monkeypatch.setattr("cupy_paged.batches.empty", host_empty)
     sequences = [cache.add(range(5)), cache.add(range(9))]
     batch = cache.batch(sequences, num_seqs=3)

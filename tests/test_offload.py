@@ -41,7 +41,7 @@ def late(seed, monkeypatch):
 
         return queue
 
-    monkeypatch.setattr(kv_cache, "launch_stream", lambda leader, stream: STEPS)
+    monkeypatch.setattr(kv_cache, "held_stream", lambda leader, stream: (STEPS, stream))
     for name in ("copy_blocks", "reshape_and_cache_flash", "paged_attention"):
         monkeypatch.setattr(kv_cache, name, later(getattr(kv_cache, name)))
     fill = CacheMemory.fill_with_nan
