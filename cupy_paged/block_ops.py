@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from cupy_paged import checks, gpu, in_flight
 from cupy_paged.arrays import HOST, Array, array, is_array, location
+from cupy_paged.block_runs import UNIT, access_width, copy_runs, filled, runs
 from cupy_paged.compiler import Kernel, template
 from cupy_paged.dtypes import itemsize
 from cupy_paged.launch import ParamStruct, launch
@@ -21,7 +20,6 @@ from cupy_paged.streams import launch_stream, ordered
 
 NUM_THREADS = 256
 MAX_POOLS, MAX_PAIRS = 160, 80  # of one launch, as in kernels/copy_blocks.cu
-_UNIT = 32 * 4  # accesses that a warp makes at a time
 _MAX_GRID = 2**31 - 1
 
 _DONATE = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
@@ -160,17 +158,16 @@ def _copy_on_gpu(
     if pairs is not None:
         some = (pairs[i : i + MAX_PAIRS] for i in range(0, len(pairs), MAX_PAIRS))
         groups = [(0, len(group), group.ravel().tolist()) for group in some]
-    bits = functools.reduce(operator.or_, itertools.chain(*pools), block_bytes | 16)
-    width = bits & -bits
+    width = access_width(block_bytes, *itertools.chain(*pools))
     kernel = copy_kernel(width)
-    units_of_block = -(-block_bytes // (_UNIT * width))
+    units_of_block = -(-block_bytes // (UNIT * width))
     arrays = caches if pairs is not None else [*caches, mapping]
     with ordered(stream, first.device, first.framework, arrays):
         for start in range(0, len(pools), MAX_POOLS):
             some_pools = pools[start : start + MAX_POOLS]
-            pool_fields = _filled(itertools.chain(*some_pools), len(_POOL_FIELDS))
+            pool_fields = filled(itertools.chain(*some_pools), len(_POOL_FIELDS))
             for pointer, num_pairs, numbers in groups:
-                pair_fields = _filled(numbers, len(_PAIR_FIELDS))
+                pair_fields = filled(numbers, len(_PAIR_FIELDS))
                 sizes = num_pairs, first.shape[0], block_bytes, len(some_pools)
                 params = COPY_PARAMS.pack_in_order([*pool_fields, *pair_fields, pointer, *sizes])
                 units = num_pairs * len(some_pools) * units_of_block
@@ -181,12 +178,6 @@ def _copy_on_gpu(
 def _pool(a: Array) -> tuple[int, int]:
     """Where blocks are: the address of the first one, and bytes from each to the next."""
     return a.pointer, a.strides[0] * itemsize(a.dtype)
-
-
-def _filled(numbers: Iterable[int], length: int) -> list[int]:
-    """The numbers, with zeros for those that are missing."""
-    found = list(numbers)
-    return found + [0] * (length - len(found))
 
 
 def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -209,8 +200,9 @@ def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: An
 
     Between a GPU and the host nothing waits: host memory is read or written when the stream comes
     to it, and must be pinned (cupyx.empty_pinned, torch's pin_memory), since the system may move
-    any other. Pairs run in any order; blocks that follow each other on both sides move as one. Two
-    host arrays are copied at once.
+    any other. Pairs run in any order. Runs of blocks that follow each other on both sides, of 1 MiB
+    and more, are the copy engines' work; shorter ones are moved by a kernel, 250 blocks a launch.
+    Two host arrays are copied at once.
 
     Raises ValueError or TypeError, and IndexError for a block past the end, before anything is
     written, for arguments that do not fit, for memory that is not pinned, and where a pair would
@@ -265,47 +257,9 @@ def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: An
     if block_bytes == 0 or not len(pairs):
         return
     with ordered(on, leader.device, leader.framework, [start, end]):
-        _copy_runs(start, end, runs(pairs), block_bytes, leader.device, on)
+        copy_runs(start, end, runs(pairs), block_bytes, leader.device, on)
     if hosts and not gpu.is_capturing(leader.device, on):
         in_flight.keep(leader.device, on, [a.owner for a in hosts])
-
-
-def runs(pairs: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first source, first destination, length) of the blocks that follow each other on both sides.
-
-    >>> runs(np.array([[1, 5], [2, 6], [3, 8]]))
-    [(1, 5, 2), (3, 8, 1)]
-
-    pairs    int64 [num_pairs, 2], sorted
-    """
-    starts = np.flatnonzero(np.concatenate([[True], (np.diff(pairs, axis=0) != 1).any(axis=1)]))
-    lengths = np.diff(np.append(starts, len(pairs)))
-    return [
-        (*pair, length)
-        for pair, length in zip(pairs[starts].tolist(), lengths.tolist(), strict=True)
-    ]
-
-
-def _copy_runs(
-    source: Array,
-    destination: Array,
-    runs: list[tuple[int, int, int]],
-    block_bytes: int,
-    device: int,
-    stream: int,
-) -> None:
-    steps = [a.strides[0] * itemsize(a.dtype) for a in (source, destination)]
-    for first, target, length in runs:
-        gpu.copy_rows(
-            device,
-            stream,
-            destination.pointer + target * steps[1],
-            steps[1],
-            source.pointer + first * steps[0],
-            steps[0],
-            block_bytes,
-            length,
-        )
 
 
 # ---- what both ask of their arguments ----

@@ -227,6 +227,11 @@ def is_pinned(pointer: int) -> bool:
     )
 
 
+def mapped_address(pointer: int) -> int | None:
+    """Where kernels find an address of pinned host memory. None if they cannot reach it."""
+    return cupy().cuda.runtime.pointerGetAttributes(pointer).devicePointer or None
+
+
 def copy_rows(
     device: int,
     stream: int,

@@ -16,7 +16,7 @@ import numpy as np
 
 from cupy_paged import gpu, in_flight
 from cupy_paged.arrays import HOST, Array
-from cupy_paged.block_ops import runs
+from cupy_paged.block_runs import runs
 from cupy_paged.dtypes import itemsize
 
 

@@ -3,7 +3,7 @@
 // A pair is (source, destination). One that names a block that is not there, as the negative ones
 // that fill up a captured graph's table do, is skipped. Pairs run in parallel: a block that one pair
 // reads and another writes may be read before or after.
-#include "accesses.cuh"
+#include "block_copy.cuh"
 
 namespace cupy_paged {
 
@@ -14,10 +14,6 @@ constexpr int MAX_POOLS = 160, MAX_PAIRS = 80;
 struct BlockPool {
     uint8* blocks;
     int64 stride;  // bytes from block to block
-};
-
-struct BlockPair {
-    int64 source, destination;
 };
 
 // Packed by cupy_paged/block_ops.py, field by field. It holds the pools by value: a captured graph
@@ -31,36 +27,22 @@ struct CopyBlocksParams {
     int num_pools;
 };
 
-// Grid: any number of thread blocks. A warp copies IN_FLIGHT accesses of WIDTH bytes a lane at a time.
+// Grid: any number of thread blocks.
 template <int WIDTH, int NUM_THREADS>
 __global__ void __launch_bounds__(NUM_THREADS) copy_blocks(const __grid_constant__ CopyBlocksParams p) {
-    constexpr int IN_FLIGHT = 4, WARPS = NUM_THREADS / WARP;
-    constexpr int64 STEP = WARP * WIDTH, UNIT = IN_FLIGHT * STEP;  // bytes
-    const int64 units_of_block = (p.block_bytes + UNIT - 1) / UNIT;
+    constexpr int WARPS = NUM_THREADS / WARP;
+    const int64 units_of_block = (p.block_bytes + COPY_UNIT<WIDTH> - 1) / COPY_UNIT<WIDTH>;
     const int64 units = p.num_pairs * p.num_pools * units_of_block;
-    const int64 first_byte = threadIdx.x % WARP * WIDTH;
 
     for (int64 unit = int64(blockIdx.x) * WARPS + threadIdx.x / WARP; unit < units; unit += int64(gridDim.x) * WARPS) {
         const int64 copy = unit / units_of_block;
-        const int64 begin = unit % units_of_block * UNIT + first_byte;
         const BlockPool& pool = p.pools[copy % p.num_pools];
         const BlockPair pair = p.block_mapping ? p.block_mapping[copy / p.num_pools] : p.pairs[copy / p.num_pools];
         const int64 source = pair.source, destination = pair.destination;
         if (source < 0 || source >= p.num_blocks || destination < 0 || destination >= p.num_blocks) continue;
 
-        const uint8* from = pool.blocks + source * pool.stride;
-        uint8* to = pool.blocks + destination * pool.stride;
-        Bytes<WIDTH> bytes[IN_FLIGHT];
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
-            const int64 at = begin + i * STEP;
-            if (at < p.block_bytes) bytes[i] = load_bytes<WIDTH>(from + at);
-        }
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
-            const int64 at = begin + i * STEP;
-            if (at < p.block_bytes) store_bytes<WIDTH>(to + at, bytes[i]);
-        }
+        copy_unit<WIDTH>(pool.blocks + destination * pool.stride, pool.blocks + source * pool.stride,
+                         unit % units_of_block, p.block_bytes);
     }
 }
 

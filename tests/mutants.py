@@ -76,10 +76,16 @@ MUTANTS = (
         "float(token - seq_len)",
     ),
     Mutant(
-        "dead slots are fetched, tensor cores",
+        "dead slots of a channel are fetched, tensor cores",
         "kernels/warp_tiles.cuh",
-        "t < live_tokens ? 16 : 0",
-        "16",
+        "min(max(live_tokens - column * CHUNK, 0), CHUNK) * int(sizeof(T))",
+        "CHUNK * int(sizeof(T))",
+    ),
+    Mutant(
+        "dead slots of a block that came as a whole are not cleared, tensor cores",
+        "kernels/warp_tiles.cuh",
+        "if (i % TILE_TOKENS >= token) elements[i] = {};",
+        "if (i % TILE_TOKENS > token) elements[i] = {};",
     ),
     Mutant(
         "dead slots are fetched, CUDA cores",
@@ -145,8 +151,8 @@ MUTANTS = (
     Mutant(
         "the last bytes of a block are not copied",
         "kernels/copy_blocks.cu",
-        "(p.block_bytes + UNIT - 1) / UNIT",
-        "p.block_bytes / UNIT",
+        "(p.block_bytes + COPY_UNIT<WIDTH> - 1) / COPY_UNIT<WIDTH>",
+        "p.block_bytes / COPY_UNIT<WIDTH>",
         MOVES,
     ),
     Mutant(
@@ -162,6 +168,20 @@ MUTANTS = (
         "pool.blocks + source * pool.stride",
         "pool.blocks + int(source * pool.stride)",
         MOVES,
+    ),
+    Mutant(
+        "a launch's first blocks go to and from the host again and again",
+        "cupy_paged/block_runs.py",
+        "pairs[start : start + 2 * MAX_PAIRS]",
+        "pairs[: 2 * MAX_PAIRS]",
+        "tests/gpu/test_block_ops.py::TestSwapBlocks",
+    ),
+    Mutant(
+        "a swapped block goes by the other side's step",
+        "kernels/swap_blocks.cu",
+        "pair.source * p.source_stride",
+        "pair.source * p.destination_stride",
+        "tests/gpu/test_block_ops.py::TestSwapBlocks",
     ),
     Mutant(
         "a sequence is gathered from its table's first token",

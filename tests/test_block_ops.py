@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import struct
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cupy_paged import block_ops, compiler, gpu, in_flight
+from cupy_paged import block_ops, block_runs, compiler, gpu, in_flight
 from support import compare, fake_cupy, frameworks, oracle
 from support.block_suite import (
     CopyBlocksSuite,
@@ -66,7 +67,7 @@ class TestMla(MlaSuite):
 
 def test_runs_are_as_long_as_they_can_be():
     pairs = [[0, 4], [1, 5], [2, 6], [3, 0], [4, 1], [7, 3], [8, 2]]
-    assert block_ops.runs(np.array(pairs)) == [(0, 4, 3), (3, 0, 2), (7, 3, 1), (8, 2, 1)]
+    assert block_runs.runs(np.array(pairs)) == [(0, 4, 3), (3, 0, 2), (7, 3, 1), (8, 2, 1)]
 
 
 @pytest.fixture
@@ -80,12 +81,15 @@ def machine(monkeypatch):
     return machine
 
 
-def copy_as_launched(address):
-    params = block_ops.COPY_PARAMS
+def launched_fields(params, address):
     codes = {"pointer": "P", "int64": "q", "int": "i"}
     layout = "@" + "".join(codes[kind] for kind in params.fields.values()) + "0q"
     packed = ctypes.string_at(address, params.size)
-    fields = dict(zip(params.fields, struct.unpack(layout, packed), strict=True))
+    return dict(zip(params.fields, struct.unpack(layout, packed), strict=True))
+
+
+def copy_as_launched(address):
+    fields = launched_fields(block_ops.COPY_PARAMS, address)
     num_pairs = fields["num_pairs"]
     if fields["block_mapping"]:
         mapping = struct.unpack(
@@ -131,6 +135,58 @@ def test_accesses_are_as_wide_as_blocks_allow(machine, address, stride, width):
     block_ops.copy_blocks([fake_cupy.ndarray(cache)], [], np.array([[0, 1]]))
     (name,) = {call[2] for call in machine.take() if call[1] == "launchKernel"}
     assert f"copy_blocks<{width}," in name
+
+
+def swap_as_launched(address):
+    fields = launched_fields(block_runs.PARAMS, address)
+    for i in range(fields["num_pairs"]):
+        end, start = (
+            fields[name] + fields[f"pairs[{i}].{name}"] * fields[f"{name}_stride"]
+            for name in ("destination", "source")
+        )
+        ctypes.memmove(end, start, fields["block_bytes"])
+
+
+def copy_row_by_row(copied, device, stream, end, end_step, start, start_step, row_bytes, num_rows):
+    copied.append(num_rows)
+    for row in range(num_rows):
+        ctypes.memmove(end + row * end_step, start + row * start_step, row_bytes)
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("is_out", [True, False])
+def test_short_runs_are_a_kernels_work_and_long_ones_the_drivers(
+    machine, monkeypatch, rng, is_mapped, is_out
+):
+    machine.launched, copied = swap_as_launched, []
+    monkeypatch.setattr(block_runs, "LONG_RUN", 4 * 48)
+    monkeypatch.setattr(gpu, "is_pinned", lambda pointer: True)
+    monkeypatch.setattr(gpu, "mapped_address", lambda pointer: pointer if is_mapped else None)
+    monkeypatch.setattr(gpu, "copy_rows", functools.partial(copy_row_by_row, copied))
+    owner, kept = random_bits(rng, (1000, 2, 48), np.uint8), random_bits(rng, (1000, 48), np.uint8)
+    short = np.stack([rng.permutation(600), rng.permutation(600)], axis=1)
+    long = [
+        np.stack([first + np.arange(7), target + np.arange(7)], axis=1)
+        for first, target in ((600, 700), (610, 720))
+    ]
+    block_mapping = rng.permutation(np.concatenate([short, *long]))
+    cache = fake_cupy.ndarray(owner[:, 1])
+    arrays = (cache, kept) if is_out else (kept, cache)
+    here, there = (owner[:, 1], kept) if is_out else (kept, owner[:, 1])
+    expected = oracle_of_swap(here, there, block_mapping)
+    block_ops.swap_blocks(*arrays, block_mapping)
+    compare.bitwise(there, expected)
+    launches = [call[2] for call in machine.take() if call[1] == "launchKernel"]
+    assert len(launches) == (3 if is_mapped else 0)
+    assert all("swap_blocks<16," in name for name in launches)
+    assert [n for n in copied if n > 3] == [7, 7]
+    assert is_mapped == (sum(copied) == 14)
+
+
+def oracle_of_swap(source, destination, block_mapping):
+    expected = destination.copy()
+    expected[block_mapping[:, 1]] = source[block_mapping[:, 0]]
+    return expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import random
 import pytest
 
 from cupy_paged import attention_kernels as attention
-from cupy_paged import block_ops, cache_ops, gpu, layout_ops, merge, mla
+from cupy_paged import block_ops, block_runs, cache_ops, gpu, layout_ops, merge, mla
 from cupy_paged.attention_kernels import HeadProblem, attention_plan
 from cupy_paged.cache_ops import convert_kernel, write_kernel
 from cupy_paged.compiler import Kernel, flatten, options
@@ -123,7 +123,8 @@ def convert_kernels(sm: int) -> list[Kernel]:
 def move_kernels(sm: int) -> list[Kernel]:
     """Blocks, gathers, conversions of layouts and the MLA writer: some for each architecture."""
     rng = random.Random(sm)
-    kernels = [block_ops.copy_kernel(width) for width in (16, rng.choice((1, 2, 4, 8)))]
+    widths = 16, rng.choice((1, 2, 4, 8))
+    kernels = [make(w) for w in widths for make in (block_ops.copy_kernel, block_runs.swap_kernel)]
     for layout in LAYOUTS:
         dtype, cache = rng.choice(DTYPES)
         head_size, block_size = 16 * rng.randint(1, 32), rng.choice(BLOCK_SIZES)
@@ -163,6 +164,7 @@ PARAMS = {
     "reshape_and_cache.cu": cache_ops.WRITE_PARAMS,
     "convert_fp8.cu": cache_ops.CONVERT_PARAMS,
     "copy_blocks.cu": block_ops.COPY_PARAMS,
+    "swap_blocks.cu": block_runs.PARAMS,
     "gather_cache.cu": layout_ops.GATHER_PARAMS,
     "convert_layout.cu": layout_ops.CONVERT_PARAMS,
     "concat_and_cache_mla.cu": mla.PARAMS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
-from cupy_paged import gpu
+from cupy_paged import block_runs, gpu
 from support import compare, frameworks, oracle
 from support.block_suite import (
     GUARD_ROWS,
@@ -118,6 +118,15 @@ class TestSwapBlocks(SwapBlocksSuite):
             cupy_paged.swap_blocks(cache, kept, block_mapping, stream=stream)
             stream.synchronize()
             np.testing.assert_array_equal(kept[::-1], cache.get())
+
+
+class TestSwapBlocksByTheDriver(SwapBlocksSuite):
+    """As where runs are long, or a kernel cannot reach the host's memory."""
+
+    @pytest.fixture(params=[Sides(CUPY, None), Sides(None, CUPY), Sides(CUPY, CUPY)], **by_name)
+    def sides(self, request, monkeypatch):
+        monkeypatch.setattr(block_runs, "LONG_RUN", 0)
+        return request.param
 
 
 class TestGather(GatherSuite):
