@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,10 +20,11 @@ from cupy_paged.launch import ParamStruct, launch
 
 NUM_THREADS = 256
 LONG_RUN = 1 << 20  # bytes
-MAX_PAIRS = 250  # of one launch, as in kernels/swap_blocks.cu
+MAX_PAIRS = 480  # of one launch, as in kernels/swap_blocks.cu
 HOST_GRID = 32  # thread blocks: what the way to the host needs, and the steps beside can spare
 UNIT = 32 * 4  # accesses that a warp makes at a time
 
+_PAIR = np.dtype(np.int32)
 _PAIR_FIELDS = [
     f"pairs[{i}].{field}" for i in range(MAX_PAIRS) for field in ("source", "destination")
 ]
@@ -32,9 +33,8 @@ PARAMS = ParamStruct(
     "SwapBlocksParams",
     f"""
     pointer  source destination
-    int64    source_stride destination_stride block_bytes
-    int64    {" ".join(_PAIR_FIELDS)}
-    int      num_pairs
+    int64    source_stride destination_stride block_bytes num_pairs
+    int      {" ".join(_PAIR_FIELDS)}
     """,
 )
 
@@ -57,66 +57,61 @@ def filled(numbers: Iterable[int], length: int) -> list[int]:
     return found + [0] * (length - len(found))
 
 
-def runs(pairs: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first source, first destination, length) of the blocks that follow each other on both sides.
+def runs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the pairs blocks follow each other on both sides: (first pair, length) of each run.
 
-    >>> runs(np.array([[1, 5], [2, 6], [3, 8]]))
-    [(1, 5, 2), (3, 8, 1)]
+    >>> starts, lengths = runs(np.array([[1, 5], [2, 6], [3, 8]]))
+    >>> starts.tolist(), lengths.tolist()
+    ([0, 2], [2, 1])
 
     pairs    int64 [num_pairs, 2], sorted
     """
     starts = np.flatnonzero(np.concatenate([[True], (np.diff(pairs, axis=0) != 1).any(axis=1)]))
-    lengths = np.diff(np.append(starts, len(pairs)))
-    return [
-        (*pair, length)
-        for pair, length in zip(pairs[starts].tolist(), lengths.tolist(), strict=True)
-    ]
+    return starts, np.diff(np.append(starts, len(pairs)))
 
 
 def copy_runs(
     source: Array,
     destination: Array,
-    runs: Sequence[tuple[int, int, int]],
+    pairs: np.ndarray,
     block_bytes: int,
     device: int,
     stream: int,
 ) -> None:
-    """Queues copies of runs of blocks, as `runs` has them.
+    """Queues copies of (block of source, block of destination), int64 [num_pairs, 2], sorted.
 
     Host arrays are pinned.
     """
+    starts, lengths = runs(pairs)
     ends = [
         (a.pointer, gpu.mapped_address(a.pointer) if a.device is HOST else a.pointer)
         for a in (source, destination)
     ]
     steps = [a.strides[0] * itemsize(a.dtype) for a in (source, destination)]
     mapped = [address for _, address in ends if address is not None]
-    pairs: list[int] = []
-    for first, target, length in runs:
-        if len(mapped) == 2 and length * block_bytes < LONG_RUN:
-            for i in range(length):
-                pairs += first + i, target + i
-            continue
+    reachable = len(mapped) == 2 and max(source.shape[0], destination.shape[0]) <= 2**31
+    is_short = lengths * block_bytes < LONG_RUN if reachable else np.zeros(len(lengths), bool)
+    for first, length in zip(starts[~is_short].tolist(), lengths[~is_short].tolist(), strict=True):
+        begin, target = pairs[first].tolist()
         gpu.copy_rows(
             device,
             stream,
             ends[1][0] + target * steps[1],
             steps[1],
-            ends[0][0] + first * steps[0],
+            ends[0][0] + begin * steps[0],
             steps[0],
             block_bytes,
             length,
         )
-    if not pairs:
+    short = pairs[np.repeat(is_short, lengths)].astype(_PAIR)
+    if not len(short):
         return
     width = access_width(block_bytes, *mapped, *steps)
     kernel = swap_kernel(width)
-    warps = NUM_THREADS // 32
     units_of_block = -(-block_bytes // (UNIT * width))
     to_host = HOST in (source.device, destination.device)
-    for start in range(0, len(pairs), 2 * MAX_PAIRS):
-        some = pairs[start : start + 2 * MAX_PAIRS]
-        fields = filled(some, len(_PAIR_FIELDS))
-        params = PARAMS.pack_in_order([*mapped, *steps, block_bytes, *fields, len(some) // 2])
-        work = -(-len(some) // 2 * units_of_block // warps)
+    for start in range(0, len(short), MAX_PAIRS):
+        some = short[start : start + MAX_PAIRS]
+        work = -(-len(some) * units_of_block // (NUM_THREADS // 32))
+        params = PARAMS.pack_with([*mapped, *steps, block_bytes, len(some)], some)
         launch(kernel, device, stream, min(work, HOST_GRID) if to_host else work, params)

@@ -92,7 +92,8 @@ class HostCopies:
             gpu.wait(cache.device, stream, other)
         size = self._block_bytes
         try:
-            for first, to, length in runs(pairs):
+            starts, lengths = runs(pairs)
+            for (first, to), length in zip(pairs[starts].tolist(), lengths.tolist(), strict=True):
                 gpu.copy_rows(
                     cache.device, stream, target + to * size, target_step,
                     source + first * size, source_step, length * size, cache.shape[0],

@@ -8,6 +8,8 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cupy_paged import gpu
 from cupy_paged.arrays import Array
 from cupy_paged.compiler import Kernel, load
@@ -75,6 +77,14 @@ class ParamStruct:
     def pack_in_order(self, values: Sequence[int | float]) -> Params:
         """The struct from the values of all fields in their order, for structs of hundreds."""
         return Params(self._struct.pack(*values))
+
+    def pack_with(self, values: Sequence[int | float], rest: np.ndarray) -> Params:
+        """The struct from the values of the first fields, and an array of as many others.
+
+        Fields that neither has are zeros.
+        """
+        head = struct.Struct("@" + self._struct.format[1 : 1 + len(values)])
+        return Params((head.pack(*values) + rest.tobytes()).ljust(self.size, b"\0"))
 
     def template(self, values: Mapping[str, Any]) -> ParamTemplate:
         """The struct without its pointers, which come first; every other field must be given."""

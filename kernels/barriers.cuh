@@ -80,6 +80,16 @@ __device__ inline void pause() {
 #endif
 }
 
+// True on one lane. The compiler knows that it is one, so that it makes no loop of what takes uniform
+// registers. By a whole warp.
+__device__ inline bool elect_lane() {
+    uint32 elected = 0;
+#if SM >= 90
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+#endif
+    return elected;
+}
+
 // Queues a copy of a multiple of 16 bytes, aligned to 16 on both sides and not read again soon. By one thread.
 __device__ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier& arrival) {
 #if SM >= 90

@@ -4,10 +4,6 @@
 
 namespace cupy_paged {
 
-struct BlockPair {
-    int64 source, destination;
-};
-
 constexpr int ACCESSES_OF_A_UNIT = 4;  // of each lane, all in flight
 
 template <int WIDTH> constexpr int64 COPY_UNIT = ACCESSES_OF_A_UNIT * WARP * WIDTH;  // bytes

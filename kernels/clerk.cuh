@@ -19,7 +19,8 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         }
         sums++;
     };
-    const auto sum_up = [&](const Piece& piece) {
+    bool has_left = false;
+    const auto sum_up = [&](const Piece& piece, bool is_over) {
         const SumSteps<Shared::Stage::GROUPS> steps(piece);
         for (int head = 0; head < piece.num_heads; head += Shared::WORKERS)
             for (int step = 0; step < steps.num_steps(); step++) {
@@ -29,6 +30,10 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
                     const int64 row = int64(piece.seq) * p.num_heads + piece.head + head + i;
                     if (head + i < piece.num_heads)
                         shared.staged[i].fetch(p, row * p.max_partitions + step * steps.step, steps.count(step));
+                }
+                if (is_over && !has_left) {  // while the copies are on their way
+                    leave(p);
+                    has_left = true;
                 }
                 post(piece, head, step, false);
             }
@@ -49,11 +54,14 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         if (lane == 0) is_last = arrive_last(p.work->arrivals + piece.counter, piece.num_nodes);
         is_last = __shfl_sync(ALL_LANES, int(is_last), 0);
         __syncwarp();  // what the first lane has seen, all may read
-        if (is_last) sum_up(piece);
+        if (!is_last) continue;
+        const auto& next = shared.order[(number + 1) % Shared::ORDERS];
+        const bool is_known = __all_sync(ALL_LANES, next.full.is_past((number + 1) / Shared::ORDERS % 2));
+        sum_up(piece, is_known && next.is_last);
     }
     shared.sum_empty.wait(sums % 2 ^ 1);
     post({}, 0, 0, true);
-    leave(p);  // the fetcher has drawn its last piece, or there would be no last order
+    if (!has_left) leave(p);  // the fetcher has drawn its last piece, or there would be no last order
 }
 
 }  // namespace cupy_paged

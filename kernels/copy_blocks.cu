@@ -16,6 +16,10 @@ struct BlockPool {
     int64 stride;  // bytes from block to block
 };
 
+struct BlockPair {
+    int64 source, destination;
+};
+
 // Packed by cupy_paged/block_ops.py, field by field. It holds the pools by value: a captured graph
 // then needs no memory that somebody would have to keep.
 struct CopyBlocksParams {

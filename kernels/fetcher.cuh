@@ -20,6 +20,7 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
     // than has room in the window, which may begin and end within a block.
     constexpr int WINDOW = 256;
     constexpr int IDS = ceil_div(WINDOW / BLOCK_SIZE + 2, WARP);
+    constexpr int BATCH = 4;  // tiles that the bulk copy engine is given at a time
     constexpr int CHUNK = 16 / sizeof(Cache);
     constexpr int COPY = QUERY_COPY_BYTES / sizeof(Query);
     const int lane = threadIdx.x % WARP;
@@ -91,21 +92,41 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
             const Cache* my_keys = key_cache + key_at(id[0], 0);
             const Cache* my_values = value_cache + value_at(id[0], 0);
 
-            for (int token = window; token < end; token += TILE_TOKENS, tile++) {
-                if (token == halfway) more = look_up_next();
-                const int slot = tile % SLOTS;
-                Tiles& tiles = shared.tiles[slot];
-                Barrier& full = shared.full[slot];
-                if constexpr (BULK) {
-                    const Cache* keys = from_lane(my_keys, (token - window) / TILE_TOKENS);
-                    const Cache* values = from_lane(my_values, (token - window) / TILE_TOKENS);
-                    shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
-                    if (lane == 0) {
-                        full.arrive_expecting(sizeof(tiles));
-                        copy_bulk(&tiles.keys, keys, sizeof(tiles.keys), full);
-                        copy_bulk(&tiles.values, values, sizeof(tiles.values), full);
+            if constexpr (BULK) {
+                // Lanes wait for the slots of a batch side by side, then one of them issues the copies.
+                bool looked = false;
+                for (int token = window; token < end; token += BATCH * TILE_TOKENS) {
+                    if (!looked && token + BATCH * TILE_TOKENS > halfway) {
+                        more = look_up_next();
+                        looked = true;
                     }
-                } else {
+                    const int first = (token - window) / TILE_TOKENS;
+                    const int count = min(ceil_div(end - token, TILE_TOKENS), BATCH);
+                    if (lane < count) {
+                        const uint32 mine = tile + lane;
+                        shared.empty[mine % SLOTS].wait(mine / SLOTS % 2 ^ 1);
+                        shared.full[mine % SLOTS].arrive_expecting(sizeof(Tiles));
+                    }
+                    __syncwarp();
+#pragma unroll
+                    for (int i = 0; i < BATCH; i++) {
+                        const Cache* keys = from_lane(my_keys, first + i);
+                        const Cache* values = from_lane(my_values, first + i);
+                        if (i >= count) break;
+                        Tiles& tiles = shared.tiles[(tile + i) % SLOTS];
+                        Barrier& full = shared.full[(tile + i) % SLOTS];
+                        if (elect_lane()) {
+                            copy_bulk(&tiles.keys, keys, sizeof(tiles.keys), full);
+                            copy_bulk(&tiles.values, values, sizeof(tiles.values), full);
+                        }
+                    }
+                    tile += count;
+                }
+            } else
+                for (int token = window; token < end; token += TILE_TOKENS, tile++) {
+                    if (token == halfway) more = look_up_next();
+                    const int slot = tile % SLOTS;
+                    Tiles& tiles = shared.tiles[slot];
                     const int mine = min(token + lane % TILE_TOKENS, piece.end - 1);
                     const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE;
                     int block = 0;
@@ -124,9 +145,8 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
                         tiles.values.fetch(value_cache, value_base, live, [](int c) { return c * CHUNK; });
                     else
                         tiles.values.template fetch<BLOCK_SIZE>(value_cache, value_base, live);
-                    full.arrive_after_copies();
+                    shared.full[slot].arrive_after_copies();
                 }
-            }
         }
         if (piece.begin >= piece.end) {
             walk.draw();

@@ -19,9 +19,6 @@ struct Piece {
 
 // HEADS query heads to a piece, at most. By a whole warp.
 template <int HEADS> struct PieceWalk {
-    // Pieces for each thread block that are drawn one by one at the end, to end at the same time.
-    static constexpr int LAST_DRAWS = 2;
-
     const AttentionParams& p;
     PartitionWalk walk;
     uint32 drawn;  // on the first lane: what `next` will find
@@ -33,9 +30,11 @@ template <int HEADS> struct PieceWalk {
           walk{params.seq_lens, params.num_seqs, params.partition_size, params.max_seq_len, 1},
           drawn(blockIdx.x) {
         piece.is_last = true;
-        // A caller's scratch is to hold every partition, and of one there is no group.
+        // Groups are drawn while there are enough for all thread blocks, and at the end a piece for each of them, so
+        // that they end at the same time. A caller's scratch is to hold every partition, and of one there is no
+        // group.
         if (!p.partition_size && p.max_partitions > 1)
-            walk.num_single = ceil_div(LAST_DRAWS * int(gridDim.x), per_partition());
+            walk.least_groups = walk.num_single = ceil_div(int(gridDim.x), per_partition());
     }
 
     __device__ int per_partition() const { return p.num_kv_heads * p.tiles_per_group; }
@@ -90,7 +89,7 @@ private:
 __device__ inline void leave(const AttentionParams& p) {
     uint32 gone = 0;
     if (threadIdx.x % WARP == 0)
-        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+        asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"  // the arrivals before it are releases
                      : "=r"(gone)
                      : "l"(&p.work->blocks_gone)
                      : "memory");

@@ -32,14 +32,13 @@ constexpr int GROUP = 4;
 // partition begins depends on its own sequence alone; only who works on it, and whether it is walked in
 // a group, depends on the batch.
 struct PartitionWalk {
-    static constexpr int64 EVERY = -1;
-
     const int* seq_lens;  // [num_seqs]
     int num_seqs;
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
-    int64 num_single = EVERY;  // partitions, at the end, that are walked one by one
+    int least_groups = 0;  // with fewer, or where that is 0, all partitions are walked one by one
+    int num_single = 0;    // partitions, at the end, that are walked one by one in any case
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
     bool is_grouped = false;   // it is walked in groups: it ends before those
@@ -49,7 +48,7 @@ struct PartitionWalk {
     // A window of sequences, one a lane: to seek within it asks nothing of global memory.
     int first = -WARP, length = 0, count = 0;
     int64 partitions_through = 0, through = 0;  // partitions and steps up to and with this lane's sequence
-    int64 num_grouped = 0;
+    int num_grouped = 0;
 
     __device__ int partitions_of(int tokens) const {
         const int size = partition_size_of(tokens, partition_size);
@@ -58,14 +57,19 @@ struct PartitionWalk {
         return max(partitions, min_partitions);
     }
 
-    // Partitions of all sequences; there is no scratch memory for as many as 32 bits cannot count. By a
-    // whole warp.
-    __device__ int64 total() const {
-        int sum = 0;
+    // Partitions that are walked in groups, the first ones. `mine` are those of the lane's sequence in the
+    // first window. There is no scratch memory for as many as 32 bits cannot count. By a whole warp.
+    __device__ int grouped_partitions(int mine) const {
+        int partitions = mine, groups = ceil_div(mine, GROUP);
 #pragma unroll 4
-        for (int i = threadIdx.x % WARP; i < num_seqs; i += WARP)
-            sum += partitions_of(readable_tokens(seq_lens[i], max_seq_len));
-        return __shfl_sync(ALL_LANES, lanes_prefix_sum(sum), WARP - 1);
+        for (int i = WARP + threadIdx.x % WARP; i < num_seqs; i += WARP) {
+            const int count = partitions_of(readable_tokens(seq_lens[i], max_seq_len));
+            partitions += count;
+            groups += ceil_div(count, GROUP);
+        }
+        partitions = __shfl_sync(ALL_LANES, lanes_prefix_sum(partitions), WARP - 1);
+        groups = __shfl_sync(ALL_LANES, lanes_prefix_sum(groups), WARP - 1);
+        return groups < least_groups ? 0 : partitions - num_single;
     }
 
     // Moves forward to the sequence of step number `target`; false if there is none. By a whole warp.
@@ -89,10 +93,7 @@ struct PartitionWalk {
             length = there ? seq_lens[first + lane] : 0;
             const int partitions = there ? partitions_of(readable_tokens(length, max_seq_len)) : 0;
             partitions_through = __shfl_sync(ALL_LANES, partitions_through, WARP - 1) + lanes_prefix_sum(partitions);
-            if (first == 0 && num_single != EVERY) {
-                const int64 in_window = __shfl_sync(ALL_LANES, partitions_through, WARP - 1);
-                num_grouped = (num_seqs > WARP ? total() : in_window) - num_single;
-            }
+            if (first == 0 && least_groups) num_grouped = grouped_partitions(partitions);
             count = partitions_through <= num_grouped ? ceil_div(partitions, GROUP) : partitions;
             through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }

@@ -4,7 +4,11 @@
 
 namespace cupy_paged {
 
-constexpr int MAX_SWAPS = 250;  // what a launch's 4 KiB of parameters have room for
+constexpr int MAX_SWAPS = 480;  // what a launch's 4 KiB of parameters have room for
+
+struct BlockSwap {
+    int source, destination;
+};
 
 // Packed by cupy_paged/block_runs.py, field by field.
 struct SwapBlocksParams {
@@ -12,8 +16,8 @@ struct SwapBlocksParams {
     uint8* destination;
     int64 source_stride, destination_stride;  // bytes from block to block
     int64 block_bytes;                        // a multiple of WIDTH
-    BlockPair pairs[MAX_SWAPS];
-    int num_pairs;
+    int64 num_pairs;
+    BlockSwap pairs[MAX_SWAPS];
 };
 
 // Grid: any number of thread blocks.
@@ -24,7 +28,7 @@ __global__ void __launch_bounds__(NUM_THREADS) swap_blocks(const __grid_constant
     const int64 units = p.num_pairs * units_of_block;
 
     for (int64 unit = int64(blockIdx.x) * WARPS + threadIdx.x / WARP; unit < units; unit += int64(gridDim.x) * WARPS) {
-        const BlockPair& pair = p.pairs[unit / units_of_block];
+        const BlockSwap& pair = p.pairs[unit / units_of_block];
         copy_unit<WIDTH>(p.destination + pair.destination * p.destination_stride,
                          p.source + pair.source * p.source_stride, unit % units_of_block, p.block_bytes);
     }
