@@ -28,7 +28,7 @@ HEADS_PER_THREAD = 8
 MMA_WORKERS = 4  # warps
 MMA_ORDERS = 3
 MMA_MAX_SLOTS = 32  # tiles in flight
-MMA_STAGED_GROUPS, MMA_GROUP = 4, 4  # of nodes, in shared memory for each worker
+MMA_GROUP = 8  # partitions, see kernels/schedule.cuh, and the nodes that a worker sums up at a time
 RESERVED_BYTES = 1024  # of shared memory, by the system, for each thread block
 
 PARAMS = ParamStruct(
@@ -134,10 +134,11 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
     padded = not by_channel and chunks % 8
     tile_bytes = 2 * 16 * 16 * (chunks | 1 if padded else chunks)
     order_bytes = heads * (head_size + 8) * 2 + 112
-    groups = MMA_STAGED_GROUPS if shared_limit >= 160 * 1024 else 1
-    stage_bytes = groups * MMA_GROUP * (head_size * itemsize(scratch_dtype) + 8)
-    other_bytes = MMA_ORDERS * order_bytes + MMA_WORKERS // 2 * heads * (head_size + 4 + 2) * 4
-    other_bytes += MMA_WORKERS * (heads * 4 + stage_bytes) + 16 * MMA_MAX_SLOTS + 128
+    sum_stages = 2 if shared_limit >= 160 * 1024 else 1
+    stage_bytes = sum_stages * MMA_GROUP * (head_size * itemsize(scratch_dtype) + 8)
+    states = MMA_WORKERS if heads <= 4 else MMA_WORKERS // 2
+    other_bytes = MMA_ORDERS * order_bytes + states * heads * (head_size + 4 + 2) * 4
+    other_bytes += MMA_WORKERS * (heads * 4 + stage_bytes) + 16 * MMA_MAX_SLOTS + 224
 
     # Two thread blocks an SM hide each other's pauses, where registers and shared memory allow. A
     # slot is one worker's, who takes its tiles in order.
@@ -159,7 +160,7 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
         heads,
         MMA_WORKERS,
         slots,
-        groups,
+        sum_stages,
         "true" if sm >= 90 and by_channel and problem.block_size == 16 else "false",
         16 if problem.query_alignment == 16 else 2,
         shared_bytes,

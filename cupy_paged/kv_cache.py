@@ -52,7 +52,8 @@ class PagedKVCache:
                      otherwise they move when they are outgrown
     prefix_caching   whether full blocks are found again by their tokens, see `add`
     num_host_blocks  blocks on the host, to which sequences can be moved, see `offload`. They take
-                     `block_bytes` each, of pinned memory where the cache is on a GPU
+                     `block_bytes` each, of pinned memory where the cache is on a GPU. To give that
+                     back, when the cache is no more, CUDA waits for the device
     poison           a means of testing: what is dead is NaN, so that reading it shows
 
     A step: `append` what is to be computed, take a `batch`, `write` and `attend` in each layer.

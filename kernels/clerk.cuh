@@ -10,32 +10,30 @@ namespace cupy_paged {
 template <class Shared> __device__ inline void count_nodes(const AttentionParams& p, Shared& shared) {
     const int lane = threadIdx.x % WARP;
     uint32 sums = 0;
-    const auto post = [&](const Piece& piece, int head, int step, bool is_last) {
-        wait_for_copies();
-        __syncwarp();
-        if (lane == 0) {
-            shared.sum_order = {piece, head, step, is_last};
-            shared.sum_full.arrive();
-        }
+    const auto free_slot = [&] {
+        const int slot = sums % Shared::SUMS;
+        shared.sum_empty[slot].wait(sums / Shared::SUMS % 2 ^ 1);
+        return slot;
+    };
+    // What is to be summed up once the copies of this warp have come, which nobody waits for here.
+    const auto post = [&](int slot, const SumOrder& order) {
+        if (lane == 0) shared.sum_order[slot] = order;
+        shared.sum_full[slot].arrive_after_copies();
+        shared.sum_full[slot].arrive();
         sums++;
     };
-    bool has_left = false;
-    const auto sum_up = [&](const Piece& piece, bool is_over) {
-        const SumSteps<Shared::Stage::GROUPS> steps(piece);
+    const auto sum_up = [&](const Piece& piece) {
+        const SumSteps steps(piece);
         for (int head = 0; head < piece.num_heads; head += Shared::WORKERS)
             for (int step = 0; step < steps.num_steps(); step++) {
-                shared.sum_empty.wait(sums % 2 ^ 1);
+                const int slot = free_slot();
 #pragma unroll
                 for (int i = 0; i < Shared::WORKERS; i++) {
                     const int64 row = int64(piece.seq) * p.num_heads + piece.head + head + i;
                     if (head + i < piece.num_heads)
-                        shared.staged[i].fetch(p, row * p.max_partitions + step * steps.step, steps.count(step));
+                        shared.staged[slot][i].fetch(p, row * p.max_partitions + step * steps.STEP, steps.count(step));
                 }
-                if (is_over && !has_left) {  // while the copies are on their way
-                    leave(p);
-                    has_left = true;
-                }
-                post(piece, head, step, false);
+                post(slot, {piece, head, step, false});
             }
     };
 
@@ -54,14 +52,12 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         if (lane == 0) is_last = arrive_last(p.work->arrivals + piece.counter, piece.num_nodes);
         is_last = __shfl_sync(ALL_LANES, int(is_last), 0);
         __syncwarp();  // what the first lane has seen, all may read
-        if (!is_last) continue;
-        const auto& next = shared.order[(number + 1) % Shared::ORDERS];
-        const bool is_known = __all_sync(ALL_LANES, next.full.is_past((number + 1) / Shared::ORDERS % 2));
-        sum_up(piece, is_known && next.is_last);
+        if (is_last) sum_up(piece);
     }
-    shared.sum_empty.wait(sums % 2 ^ 1);
-    post({}, 0, 0, true);
-    if (!has_left) leave(p);  // the fetcher has drawn its last piece, or there would be no last order
+    // The fetcher has drawn its last piece, or there would be no last order. Nodes may be on their way still.
+    leave(p);
+    post(free_slot(), {{}, 0, 0, true});
+    wait_for_copies();
 }
 
 }  // namespace cupy_paged

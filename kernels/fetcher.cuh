@@ -26,6 +26,8 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
     const int lane = threadIdx.x % WARP;
     const Cache* key_cache = static_cast<const Cache*>(p.key_cache);
     const Cache* value_cache = static_cast<const Cache*>(p.value_cache);
+    const int64 key_step = Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>(p.key_strides, 0, 0, 1, 0);
+    const int64 value_step = Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, 0, 0, 1, 0);
 
     // Windows of the block table, one ahead: by the time that one is wanted, its ids have come.
     int ids[IDS];
@@ -127,24 +129,33 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
                     if (token == halfway) more = look_up_next();
                     const int slot = tile % SLOTS;
                     Tiles& tiles = shared.tiles[slot];
-                    const int mine = min(token + lane % TILE_TOKENS, piece.end - 1);
-                    const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE;
+                    const int live = piece.end - token;
+                    // Within one block all tokens follow from the first; else each lane knows where its own is.
+                    constexpr bool IN_ONE_BLOCK = BLOCK_SIZE % TILE_TOKENS == 0;
+                    const int mine = IN_ONE_BLOCK ? token : min(token + lane % TILE_TOKENS, piece.end - 1);
+                    const int position = mine / BLOCK_SIZE - window / BLOCK_SIZE, offset = mine % BLOCK_SIZE;
                     int block = 0;
 #pragma unroll
                     for (int i = 0; i < IDS; i++) {
                         const int found = __shfl_sync(ALL_LANES, id[i], position % WARP);
                         if (position / WARP == i) block = found;
                     }
-                    const int offset = mine % BLOCK_SIZE, live = piece.end - token;
                     const int64 key_base = key_at(block, offset), value_base = value_at(block, offset);
+                    const auto key_of = [&](int t) {
+                        return key_cache + (IN_ONE_BLOCK ? key_base + t * key_step : __shfl_sync(ALL_LANES, key_base, t % WARP));
+                    };
+                    const auto value_of = [&](int t) {
+                        return value_cache +
+                               (IN_ONE_BLOCK ? value_base + t * value_step : __shfl_sync(ALL_LANES, value_base, t % WARP));
+                    };
                     shared.empty[slot].wait(tile / SLOTS % 2 ^ 1);
-                    tiles.keys.fetch(key_cache, key_base, live, [](int c) {
+                    tiles.keys.fetch(key_of, live, [](int c) {
                         return Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>({}, 0, 0, 0, c * CHUNK);
                     });
                     if constexpr (Layout::VALUES_BY_TOKEN)
-                        tiles.values.fetch(value_cache, value_base, live, [](int c) { return c * CHUNK; });
+                        tiles.values.fetch(value_of, live, [](int c) { return c * CHUNK; });
                     else
-                        tiles.values.template fetch<BLOCK_SIZE>(value_cache, value_base, live);
+                        tiles.values.template fetch<BLOCK_SIZE>(value_cache, value_of, live);
                     shared.full[slot].arrive_after_copies();
                 }
         }

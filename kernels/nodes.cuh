@@ -1,6 +1,6 @@
 // The nodes of a sequence's sum, in scratch memory, and its result, by whoever comes last.
 //
-// A sequence's partitions are summed up by fours, in groups, and the groups' sums to its result. Thread
+// A sequence's partitions are summed up by eights, in groups, and the groups' sums to its result. Thread
 // blocks leave what they did as nodes: groups, or single partitions that are grouped here. Each row of
 // scratch, of one query head of one sequence, belongs to one KV head's thread blocks. They count their
 // arrivals; the last one finds all of the row there and sums it up, in an order that follows from the number
@@ -8,18 +8,25 @@
 #pragma once
 #include "attention_params.cuh"
 #include "copies.cuh"
+#include "dtypes.cuh"
 #include "pieces.cuh"
 #include "schedule.cuh"
+#include "warp_states.cuh"
 
 namespace cupy_paged {
 
-// Groups of one head that are summed up in one step: nodes that have been fetched to shared memory.
-template <class Scratch, int HEAD_SIZE, int NUM_GROUPS> struct alignas(16) StagedNodes {
-    static constexpr int GROUPS = NUM_GROUPS, COUNT = GROUPS * GROUP;
-    static_assert((GROUPS & (GROUPS - 1)) == 0 && COUNT <= WARP, "lanes share the groups");
+// Nodes of one head, on their way from scratch to the worker who sums them up.
+template <class Scratch, int HEAD_SIZE> struct alignas(16) StagedNodes {
+    static constexpr int COUNT = GROUP;
 
     Scratch mean[COUNT][HEAD_SIZE];
     float max[COUNT], sum[COUNT];
+
+    __device__ JoinedState node(int i, int channel) const {
+        JoinedState state{max[i], sum[i], {}};
+        to_floats(load_vector<4>(&mean[i][channel]), state.mean);
+        return state;
+    }
 
     // Queues copies of the `count` nodes from number `first` of scratch on. By a whole warp.
     __device__ void fetch(const AttentionParams& p, int64 first, int count) {
@@ -43,14 +50,14 @@ struct SumOrder {
 };
 
 // How a row's nodes are taken in steps: all sizes are in nodes.
-template <int GROUPS> struct SumSteps {
-    int group, step, total;
+struct SumSteps {
+    static constexpr int STEP = GROUP;
+    int group, total;
 
-    __device__ explicit SumSteps(const Piece& piece)
-        : group(piece.is_grouped ? 1 : GROUP), step(GROUPS * group), total(piece.num_nodes) {}
+    __device__ explicit SumSteps(const Piece& piece) : group(piece.is_grouped ? 1 : GROUP), total(piece.num_nodes) {}
 
-    __device__ int num_steps() const { return ceil_div(total, step); }
-    __device__ int count(int i) const { return min(step, total - i * step); }
+    __device__ int num_steps() const { return ceil_div(total, STEP); }
+    __device__ int count(int i) const { return min(STEP, total - i * STEP); }
     __device__ bool is_one_group() const { return total <= group; }
 };
 

@@ -18,18 +18,19 @@ template <class Query, int HEADS, int HEAD_SIZE> struct alignas(16) Order {
     Barrier full, stored, empty;
 };
 
-template <class Tiles, class Query, class StagedNodes, int NUM_WORKERS, int SLOTS, int HEADS, int HEAD_SIZE>
+template <class Tiles, class Query, class StagedNodes, int NUM_WORKERS, int SLOTS, int SUM_STAGES, int HEADS,
+          int HEAD_SIZE>
 struct alignas(16) MmaShared {
-    using Stage = StagedNodes;
-    static constexpr int ORDERS = 3, WORKERS = NUM_WORKERS;
+    static constexpr int ORDERS = 3, SUMS = SUM_STAGES, WORKERS = NUM_WORKERS;
+    static constexpr int STATES = HEADS <= 4 ? WORKERS : WORKERS / 2;  // that leave the workers, see leave_states
 
     Tiles tiles[SLOTS];
     Order<Query, HEADS, HEAD_SIZE> order[ORDERS];
-    WarpStates<NUM_WORKERS / 2, HEADS, HEAD_SIZE> pairs;  // of workers
+    WarpStates<STATES, HEADS, HEAD_SIZE> states;
     float max[NUM_WORKERS][HEADS];
-    Stage staged[NUM_WORKERS];
-    SumOrder sum_order;
-    Barrier full[SLOTS], empty[SLOTS], sum_full, sum_empty;
+    StagedNodes staged[SUMS][NUM_WORKERS];
+    SumOrder sum_order[SUMS];
+    Barrier full[SLOTS], empty[SLOTS], sum_full[SUMS], sum_empty[SUMS];
 };
 
 template <class KeyTile, class ValueTile> struct TilePair {

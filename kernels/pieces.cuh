@@ -31,10 +31,11 @@ template <int HEADS> struct PieceWalk {
           drawn(blockIdx.x) {
         piece.is_last = true;
         // Groups are drawn while there are enough for all thread blocks, and at the end a piece for each of them, so
-        // that they end at the same time. A caller's scratch is to hold every partition, and of one there is no
-        // group.
-        if (!p.partition_size && p.max_partitions > 1)
-            walk.least_groups = walk.num_single = ceil_div(int(gridDim.x), per_partition());
+        // that they end at the same time. A caller's scratch is to hold every partition.
+        const int for_all = ceil_div(int(gridDim.x), per_partition());
+        const int64 most_groups = int64(p.num_seqs) * ceil_div(p.max_partitions, GROUP);
+        if (!p.partition_size && p.max_partitions > 1 && most_groups >= for_all)
+            walk.least_groups = walk.num_single = for_all;
     }
 
     __device__ int per_partition() const { return p.num_kv_heads * p.tiles_per_group; }
@@ -89,7 +90,7 @@ private:
 __device__ inline void leave(const AttentionParams& p) {
     uint32 gone = 0;
     if (threadIdx.x % WARP == 0)
-        asm volatile("atom.acquire.gpu.global.add.u32 %0, [%1], 1;"  // the arrivals before it are releases
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
                      : "=r"(gone)
                      : "l"(&p.work->blocks_gone)
                      : "memory");

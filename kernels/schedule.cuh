@@ -26,7 +26,7 @@ __device__ inline int partition_size_of(int seq_len, int fixed) {
 
 // Partitions that are walked as one group, where many are left: their states are joined on the spot, and
 // need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
-constexpr int GROUP = 4;
+constexpr int GROUP = 8;
 
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
 // partition begins depends on its own sequence alone; only who works on it, and whether it is walked in

@@ -39,10 +39,9 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
     __device__ Chunk* at(int token, int c) { return chunks + index(token, c); }
     __device__ const Chunk* at(int token, int c) const { return chunks + index(token, c); }
 
-    // `token_base` of lane t, t < 16, is where token t begins; `chunk_step(c)` is how far its chunk c
-    // is from there. Lanes run along whichever of tokens and chunks is contiguous in the cache.
-    template <class Step>
-    __device__ void fetch(const T* cache, int64 token_base, int live_tokens, Step chunk_step) {
+    // `token_at(t)` is where token t begins, and is asked by all lanes at a time; `chunk_step(c)` is how far
+    // its chunk c is from there. Lanes run along whichever of tokens and chunks is contiguous in the cache.
+    template <class At, class Step> __device__ void fetch(At token_at, int live_tokens, Step chunk_step) {
         constexpr int ROW_LANES = BY_TOKEN ? power_of_two_in(CHUNKS) : WARP / TILE_TOKENS;
         constexpr int ROWS = WARP / ROW_LANES;  // tokens side by side
         const int lane = threadIdx.x % WARP;
@@ -51,7 +50,7 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
 #pragma unroll
         for (int first = 0; first < TILE_TOKENS; first += ROWS) {
             const int t = first + row;
-            const T* token = cache + __shfl_sync(ALL_LANES, token_base, t % WARP);
+            const T* token = token_at(t);
             if (t >= TILE_TOKENS) break;
 #pragma unroll
             for (int c = column; c < CHUNKS; c += ROW_LANES)
@@ -105,14 +104,14 @@ template <class T, int HEAD_SIZE> struct TokenColumns {
 
     Chunk chunk[HEAD_SIZE][CHUNKS];
 
-    template <int BLOCK_SIZE>
-    __device__ void fetch(const T* cache, int64 token_base, int live_tokens) {
+    // `token_at(t)` is where token t begins in the first channel, and is asked by all lanes at a time.
+    template <int BLOCK_SIZE, class At> __device__ void fetch(const T* cache, At token_at, int live_tokens) {
         constexpr int LANES = WARP / CHUNKS;  // channels side by side
         const int lane = threadIdx.x % WARP;
         const int column = lane % CHUNKS;
         const int live = min(max(live_tokens - column * CHUNK, 0), CHUNK) * int(sizeof(T));
-        const int64 base = __shfl_sync(ALL_LANES, token_base, column * CHUNK);
-        const T* group = cache + (live > 0 ? base : 0);  // a dead token's is not where a chunk begins
+        const T* base = token_at(column * CHUNK);
+        const T* group = live > 0 ? base : cache;  // a dead token's may not be where a chunk begins
 #pragma unroll
         for (int channel = lane / CHUNKS; channel < HEAD_SIZE; channel += LANES)
             copy_async_once(&chunk[channel][column], group + int64(channel) * BLOCK_SIZE, live);

@@ -70,52 +70,66 @@ __device__ inline void read_queries(const Order& order, float logit_scale,
     }
 }
 
-// Joins the workers' states, in pairs: (worker, worker + NUM_WORKERS / 2). The pairs are joined by whoever
-// reads them.
+// Leaves the workers' states in shared memory, where whoever reads them joins them: those of all workers, or
+// where that takes too much memory, of pairs of them, (worker, worker + NUM_WORKERS / 2).
 template <class ValueTile, int NUM_WORKERS, int HEADS, int HEAD_SIZE, int COLUMNS, class Shared>
-__device__ inline void join_workers(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
+__device__ inline void leave_states(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
                                     const float (&weighted)[COLUMNS][HEAD_SIZE / 16][4]) {
     constexpr int NUM_THREADS = NUM_WORKERS * WARP, STEPS = HEAD_SIZE / 16;
+    constexpr bool IN_PAIRS = Shared::STATES < NUM_WORKERS;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, j = lane % 4;
-    if (g == 0)
+    const bool is_first = warp < Shared::STATES;
+    auto& states = shared.states;
+    // The worker's own state, scaled to `state_max`, or that and what is there already.
+    const auto leave = [&](int n, int i, float state_max, bool alone) {
+        const int state = warp % Shared::STATES, head = 8 * n + 2 * j + i;
+        const bool there = head < HEADS;
+        const float rescale = IN_PAIRS ? exp_difference(max[n][i], state_max) : 1.0f;
+        float total = sum[n][i] * rescale;
 #pragma unroll
-        for (int n = 0; n < COLUMNS; n++)
+        for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+        if (!there) return;
+        if (g == 0) {
+            states.max[state][head] = state_max;
+            states.sum[state][head] = alone ? total : states.sum[state][head] + total;
+        }
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (8 * n + 2 * j + i < HEADS) shared.max[warp][8 * n + 2 * j + i] = max[n][i];
-    sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
-    const int pair = warp % (NUM_WORKERS / 2);
-    const bool is_first = warp < NUM_WORKERS / 2;
-    auto& states = shared.pairs;
+        for (int step = 0; step < STEPS; step++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        if (is_first == (half == 1))
+            for (int k = 0; k < 2; k++) {
+                float& left = states.weighted[state][head][ValueTile::channel(step, g + 8 * k)];
+                const float mine = weighted[n][step][i + 2 * k] * rescale;
+                left = alone ? mine : left + mine;
+            }
+    };
+
+    if constexpr (IN_PAIRS) {
+        if (g == 0)
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int head = 8 * n + 2 * j + i;
-                    const bool there = head < HEADS;
-                    const float other = there ? shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head] : LOWEST;
-                    const float pair_max = fmaxf(max[n][i], other);
-                    const float rescale = exp_difference(max[n][i], pair_max);
-                    float total = sum[n][i] * rescale;
+                for (int i = 0; i < 2; i++)
+                    if (8 * n + 2 * j + i < HEADS) shared.max[warp][8 * n + 2 * j + i] = max[n][i];
+        sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
 #pragma unroll
-                    for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
-                    if (!there) continue;
-                    if (g == 0) {
-                        states.max[pair][head] = pair_max;
-                        states.sum[pair][head] = half == 0 ? total : states.sum[pair][head] + total;
+        for (int half = 0; half < 2; half++) {
+            if (is_first == (half == 0))
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int head = min(8 * n + 2 * j + i, HEADS - 1);
+                        const float other = shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head];
+                        leave(n, i, fmaxf(max[n][i], other), half == 0);
                     }
+            sync_warps<1, NUM_THREADS>();
+        }
+    } else {
+        sync_warps<1, NUM_THREADS>();  // for those who still read what is written here next
 #pragma unroll
-                    for (int step = 0; step < STEPS; step++)
+        for (int n = 0; n < COLUMNS; n++)
 #pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            float& joined = states.weighted[pair][head][ValueTile::channel(step, g + 8 * k)];
-                            const float mine = weighted[n][step][i + 2 * k] * rescale;
-                            joined = half == 0 ? mine : joined + mine;
-                        }
-                }
+            for (int i = 0; i < 2; i++) leave(n, i, max[n][i], true);
         sync_warps<1, NUM_THREADS>();
     }
 }
@@ -150,28 +164,28 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
     bool more_sums = true;
     // What the clerk has brought, of one head a worker.
     const auto sum_up = [&] {
-        const Piece piece = shared.sum_order.piece;
-        const int head = shared.sum_order.head + warp, step = shared.sum_order.step;
-        const bool is_last = shared.sum_order.is_last;
+        const int slot = sums % Shared::SUMS;
+        const Piece piece = shared.sum_order[slot].piece;
+        const int head = shared.sum_order[slot].head + warp, step = shared.sum_order[slot].step;
+        const bool is_last = shared.sum_order[slot].is_last;
         if (!is_last && head < piece.num_heads) {
-            const SumSteps<Shared::Stage::GROUPS> steps(piece);
-            if (step == 0) head_sum.clear();
-            head_sum.take(shared.staged[warp], steps, step);
-            if (step == steps.num_steps() - 1)
-                head_sum.template write<Query>(p, piece, head, steps.is_one_group());
+            const SumSteps steps(piece);
+            head_sum.take(shared.staged[slot][warp], steps, step);
+            if (step == steps.num_steps() - 1) head_sum.template write<Query>(p, piece, head, steps);
         }
         __syncwarp();
-        if (lane == 0) shared.sum_empty.arrive();
+        if (lane == 0) shared.sum_empty[slot].arrive();
         sums++;
         more_sums = !is_last;
     };
+    const auto is_sum_there = [&] { return shared.sum_full[sums % Shared::SUMS].is_past(sums / Shared::SUMS % 2); };
 
     for (uint32 number = 0;; number++) {
         auto& order = shared.order[number % Shared::ORDERS];
         // Not only a wait for the order: the clerk may be waiting for a sum, and the fetcher for the clerk. The
         // lanes take one decision, whatever each of them has seen.
         for (;;) {
-            if (more_sums && __all_sync(ALL_LANES, shared.sum_full.is_past(sums % 2))) sum_up();
+            if (more_sums && __all_sync(ALL_LANES, is_sum_there())) sum_up();
             if (__all_sync(ALL_LANES, order.full.is_past(number / Shared::ORDERS % 2))) break;
             pause();
         }
@@ -270,7 +284,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
             if (lane == 0) shared.empty[slot].arrive();
         }
 
-        join_workers<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
+        leave_states<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
         const Piece& piece = order.piece;
         const bool is_result = piece.num_nodes == 1;
         const bool is_kept = !is_result || (p.partition_size && begin < end);  // a caller's scratch has all nodes
@@ -278,7 +292,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
         for (int k = 0; k < STATES; k++) {
             const int i = (k * NUM_THREADS + threadIdx.x) * 4, head = i / HEAD_SIZE, channel = i % HEAD_SIZE;
             if (i >= num_heads * HEAD_SIZE) break;
-            JoinedState state = shared.pairs.join(head, channel, value_scale);
+            JoinedState state = shared.states.join(head, channel, value_scale);
             if (piece.is_first) group[k].begin(state);
             else group[k].take(state);
             if (!piece.is_last) continue;
@@ -293,7 +307,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
         }
     }
     while (more_sums) {
-        shared.sum_full.wait(sums % 2);
+        shared.sum_full[sums % Shared::SUMS].wait(sums / Shared::SUMS % 2);
         sum_up();
     }
 }

@@ -111,7 +111,7 @@ MUTANTS = (
         "the last partition of a group is left out, where thread blocks did one each",
         "kernels/head_sum.cuh",
         "if (i >= nodes) break;",
-        "if (i >= nodes - 1) break;",
+        "if (i < count - 1) sum.take(stage.node(i, at));",
     ),
     Mutant(
         "a group is what its last partition comes to, where a thread block did all of it",
