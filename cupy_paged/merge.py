@@ -20,8 +20,10 @@ from cupy_paged.streams import launch_stream
 
 NUM_THREADS = 128
 ROWS_AT_ONCE = 2  # that a thread has in flight
+TILE_BITS = 3  # tokens of a tile, as a power of two: the lse of so many lie in one sector of memory
 FP8_OUTPUT = "float8_e4m3fn"
 
+_MAX_GRID = 2**31 - 1
 _INTO_NEW = "merge_attn_states with output=None returns new arrays"
 
 PARAMS = ParamStruct(
@@ -35,7 +37,7 @@ PARAMS = ParamStruct(
     int64    suffix_lse_stride_head suffix_lse_stride_token
     int64    output_lse_stride_head output_lse_stride_token
     int64    num_tokens num_merged_tokens
-    int      num_heads
+    int      num_heads tile_bits
     float    output_scale
     """,
 )
@@ -222,7 +224,9 @@ def _merge_on_gpu(
     kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width)
 
     rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
-    work = -(-num_tokens * num_heads // rows_per_block)
+    tile_bits = TILE_BITS if num_tokens >= 1 << TILE_BITS else 0
+    num_rows = (-(-num_tokens >> tile_bits) << tile_bits) * num_heads
+    work = min(-(-num_rows // rows_per_block), _MAX_GRID)
 
     strides = {}
     for name, a in (("output", output), ("prefix", prefix), ("suffix", suffix)):
@@ -240,11 +244,12 @@ def _merge_on_gpu(
             "num_tokens": num_tokens,
             "num_merged_tokens": merged_tokens,
             "num_heads": num_heads,
+            "tile_bits": tile_bits,
         }
     )
     prepared = PreparedCall(
         prefix,
-        [prepare(kernel, prefix.device, stream, work, resident=True)],
+        [prepare(kernel, prefix.device, stream, work)],
         params,
         made={OUTPUT: output, OUTPUT_LSE: output_lse} if makes_output else {},
     )

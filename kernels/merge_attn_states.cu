@@ -29,6 +29,7 @@ struct MergeParams {
     int64 num_tokens, num_merged_tokens;  // tokens from num_merged_tokens on have no prefix
 
     int num_heads;
+    int tile_bits;                   // log2 of the tokens whose rows of one head are next to each other
     float output_scale;
 };
 
@@ -38,9 +39,15 @@ __device__ inline float lse_at(const float* lse, int64 stride_head, int64 stride
     return lse[head * stride_head + token * stride_token];
 }
 
+// Stores what is not read again soon.
+template <int N, class T> __device__ inline void store_once(T* target, const Vector<T, N>& v) {
+    if constexpr (sizeof(v) == 16) __stcs(reinterpret_cast<uint4*>(target), reinterpret_cast<const uint4&>(v));
+    else store_vector(target, v);
+}
+
 // Grid: any number of thread blocks. A thread block takes as many whole rows, of one (token, head)
 // each, as it has threads for, and AT_ONCE times that, so that much is in flight; a thread takes WIDTH
-// channels at a time. Both sides are read before it is known whether they count: what an empty one holds
+// channels at a time. Rows are taken in tiles of some tokens, head by head, for their lse lie side by side. Both sides are read before it is known whether they count: what an empty one holds
 // is read, but never used. All of a row's threads have read its lse before one of them writes it, so the
 // result may replace either side.
 template <class Input, class Output, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
@@ -53,7 +60,8 @@ __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergePara
     float factor = 1.0f;
     if constexpr (is_float8<Output>) factor = 1.0f / (p.output_scale_array ? *p.output_scale_array : p.output_scale);
 
-    const int64 num_rows = p.num_tokens * p.num_heads;
+    const int64 tile_rows = int64(p.num_heads) << p.tile_bits;
+    const int64 num_rows = ((p.num_tokens - 1 >> p.tile_bits) + 1) * tile_rows;
     const bool fits_32_bits = num_rows >> 32 == 0;  // where division is much cheaper
     const int first_chunk = threadIdx.x % ROW_THREADS;
     for (int64 first = int64(blockIdx.x) * ROWS * AT_ONCE; first < num_rows;
@@ -74,10 +82,12 @@ __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergePara
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             const int64 row = first + k * ROWS + threadIdx.x / ROW_THREADS;
-            mine[k] = threadIdx.x < ROWS * ROW_THREADS && row < num_rows;
+            const int64 tile = fits_32_bits ? uint32(row) / uint32(tile_rows) : row / tile_rows;
+            const int64 in_tile = row - tile * tile_rows;
+            head[k] = int(in_tile >> p.tile_bits);
+            token[k] = (tile << p.tile_bits) + (in_tile & (1 << p.tile_bits) - 1);
+            mine[k] = threadIdx.x < ROWS * ROW_THREADS && row < num_rows && token[k] < p.num_tokens;
             if (!mine[k]) continue;
-            token[k] = fits_32_bits ? uint32(row) / uint32(p.num_heads) : row / p.num_heads;
-            head[k] = int(row - token[k] * p.num_heads);
             has_prefix[k] = token[k] < p.num_merged_tokens;
             suffix_lse[k] = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token[k], head[k]);
             prefix_lse[k] = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token[k], head[k]);
@@ -118,7 +128,7 @@ __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergePara
                     if constexpr (is_float8<Output>) merged *= factor;
                     result.element[i] = from_float<Output>(merged);
                 }
-                store_vector(output_row + chunk * WIDTH, result);
+                store_once(output_row + chunk * WIDTH, result);
             }
             if (first_chunk == 0 && p.output_lse) {
                 // A token without prefix keeps the lse it came with, be it infinite of either sign.

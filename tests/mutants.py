@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(
         "the last partition of a group is left out, where thread blocks did one each",
         "kernels/head_sum.cuh",
-        "if (i >= nodes) break;",
+        "if (i < count) sum.take(stage.node(i, at));",
         "if (i < count - 1) sum.take(stage.node(i, at));",
     ),
     Mutant(
@@ -126,6 +126,19 @@ MUTANTS = (
         "const bool suffix_only = !prefix_only && is_empty(prefix_lse[k]);",
         "const bool suffix_only = false;",
         MERGE,
+    ),
+    Mutant(
+        "the lse of a tile's tokens are those of its first",
+        "kernels/merge_attn_states.cu",
+        "(tile << p.tile_bits) + (in_tile & (1 << p.tile_bits) - 1)",
+        "(tile << p.tile_bits)",
+        MERGE,
+    ),
+    Mutant(
+        "the slots of a batch are not awaited",
+        "kernels/fetcher.cuh",
+        "shared.empty[mine % SLOTS].wait(mine / SLOTS % 2 ^ 1);\n                        shared.full",
+        "shared.full",
     ),
     Mutant(
         "the first token without a prefix is merged",
