@@ -7,6 +7,7 @@ what makes a sequence's result independent of its company.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 from cupy_paged.compiler import Kernel, cpp, template
@@ -28,7 +29,7 @@ HEADS_PER_THREAD = 8
 MMA_WORKERS = 4  # warps
 MMA_ORDERS = 3
 MMA_MAX_SLOTS = 32  # tiles in flight
-MMA_GROUP = 8  # partitions, see kernels/schedule.cuh, and the nodes that a worker sums up at a time
+ROOMY = 200 * 1024  # bytes of shared memory, as sm_90 and sm_100 have
 RESERVED_BYTES = 1024  # of shared memory, by the system, for each thread block
 
 PARAMS = ParamStruct(
@@ -103,8 +104,10 @@ def attention_plan(
     scratch_dtype    dtype of tmp_out; None where each sequence is one partition and goes
                      straight to the output
     """
-    on_tensor_cores = sm >= 80 and _mma_plan(problem, sm, shared_limit, scratch_dtype or "float32")
-    return on_tensor_cores or _cuda_core_plan(problem, shared_limit, scratch_dtype)
+    # float32 scratch takes the most memory. The caller's must not decide, or bits depended on it.
+    if sm >= 80 and (plan := _mma_plan(problem, sm, shared_limit, "float32")):
+        return _mma_plan(problem, sm, shared_limit, scratch_dtype or "float32") or plan
+    return _cuda_core_plan(problem, shared_limit, scratch_dtype)
 
 
 def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: str) -> Plan | None:
@@ -134,15 +137,19 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
     padded = not by_channel and chunks % 8
     tile_bytes = 2 * 16 * 16 * (chunks | 1 if padded else chunks)
     order_bytes = heads * (head_size + 8) * 2 + 112
-    sum_stages = 2 if shared_limit >= 160 * 1024 else 1
-    stage_bytes = sum_stages * MMA_GROUP * (head_size * itemsize(scratch_dtype) + 8)
-    states = MMA_WORKERS if heads <= 4 else MMA_WORKERS // 2
-    other_bytes = MMA_ORDERS * order_bytes + states * heads * (head_size + 4 + 2) * 4
-    other_bytes += MMA_WORKERS * (heads * 4 + stage_bytes) + 16 * MMA_MAX_SLOTS + 224
-
-    # Two thread blocks an SM hide each other's pauses, where registers and shared memory allow. A
-    # slot is one worker's, who takes its tiles in order.
-    for blocks in (2, 1):
+    # States that workers leave, and the nodes that they sum up: stages, and nodes of each. What
+    # saves time here must not cost tiles in flight. Two thread blocks an SM hide each other's
+    # pauses, where registers and shared memory allow. A slot is one worker's, who takes its tiles
+    # in order.
+    is_roomy = shared_limit >= ROOMY
+    states = MMA_WORKERS if is_roomy and heads <= 4 else MMA_WORKERS // 2
+    for sums, blocks in itertools.product([(2, 8)] if is_roomy else [(1, 4), (1, 1)], (2, 1)):
+        sum_stages, sum_nodes = sums
+        stage_bytes = sum_stages * sum_nodes * (head_size * itemsize(scratch_dtype) + 8)
+        other_bytes = MMA_ORDERS * order_bytes + states * heads * (head_size + 4 + 2) * 4
+        other_bytes += MMA_WORKERS * (heads * 4 + stage_bytes)
+        # Barriers, and what is to be summed up.
+        other_bytes += 16 * MMA_MAX_SLOTS + sum_stages * (64 + 16) + 64
         room = (shared_limit + RESERVED_BYTES) // blocks - RESERVED_BYTES - other_bytes
         slots = min(room // tile_bytes, MMA_MAX_SLOTS) // MMA_WORKERS * MMA_WORKERS
         if slots > 0 and (blocks == 1 or head_size * columns <= 128):
@@ -160,7 +167,9 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
         heads,
         MMA_WORKERS,
         slots,
+        states,
         sum_stages,
+        sum_nodes,
         "true" if sm >= 90 and by_channel and problem.block_size == 16 else "false",
         16 if problem.query_alignment == 16 else 2,
         shared_bytes,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from cupy_paged import checks, gpu, in_flight
 from cupy_paged.arrays import HOST, Array, array, is_array, location
-from cupy_paged.block_runs import UNIT, access_width, copy_runs, filled
+from cupy_paged.block_runs import UNIT, access_width, copy_runs
 from cupy_paged.compiler import Kernel, template
 from cupy_paged.dtypes import itemsize
 from cupy_paged.launch import ParamStruct, launch
@@ -165,9 +166,9 @@ def _copy_on_gpu(
     with ordered(stream, first.device, first.framework, arrays):
         for start in range(0, len(pools), MAX_POOLS):
             some_pools = pools[start : start + MAX_POOLS]
-            pool_fields = filled(itertools.chain(*some_pools), len(_POOL_FIELDS))
+            pool_fields = _filled(itertools.chain(*some_pools), len(_POOL_FIELDS))
             for pointer, num_pairs, numbers in groups:
-                pair_fields = filled(numbers, len(_PAIR_FIELDS))
+                pair_fields = _filled(numbers, len(_PAIR_FIELDS))
                 sizes = num_pairs, first.shape[0], block_bytes, len(some_pools)
                 params = COPY_PARAMS.pack_in_order([*pool_fields, *pair_fields, pointer, *sizes])
                 units = num_pairs * len(some_pools) * units_of_block
@@ -178,6 +179,12 @@ def _copy_on_gpu(
 def _pool(a: Array) -> tuple[int, int]:
     """Where blocks are: the address of the first one, and bytes from each to the next."""
     return a.pointer, a.strides[0] * itemsize(a.dtype)
+
+
+def _filled(numbers: Iterable[int], length: int) -> list[int]:
+    """The numbers, with zeros for those that are missing."""
+    found = list(numbers)
+    return found + [0] * (length - len(found))
 
 
 def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
@@ -201,7 +208,8 @@ def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: An
     Between a GPU and the host nothing waits: host memory is read or written when the stream comes
     to it, and must be pinned (cupyx.empty_pinned, torch's pin_memory), since the system may move
     any other. Pairs run in any order. Runs of blocks that follow each other on both sides, of 1 MiB
-    and more, are the copy engines' work; shorter ones are moved by a kernel, 480 blocks a launch.
+    and more, are the copy engines' work. Shorter ones are moved by a kernel, 480 blocks a launch;
+    one by one by the copy engines, which takes longer, in a capture that is the first to need it.
     Two host arrays are copied at once.
 
     Raises ValueError or TypeError, and IndexError for a block past the end, before anything is

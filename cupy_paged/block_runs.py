@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
 
 import numpy as np
 
 from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array
-from cupy_paged.compiler import Kernel, template
+from cupy_paged.compiler import Kernel, is_loaded, template
 from cupy_paged.dtypes import itemsize
 from cupy_paged.launch import ParamStruct, launch
 
@@ -22,9 +21,9 @@ NUM_THREADS = 256
 LONG_RUN = 1 << 20  # bytes
 MAX_PAIRS = 480  # of one launch, as in kernels/swap_blocks.cu
 HOST_GRID = 32  # thread blocks: what the way to the host needs, and the steps beside can spare
-UNIT = 32 * 4  # accesses that a warp makes at a time
+UNIT = 32 * 4  # accesses that a warp makes at a time, as in kernels/block_copy.cuh
 
-_PAIR = np.dtype(np.int32)
+_BLOCK_ID = np.dtype(np.int32)
 _PAIR_FIELDS = [
     f"pairs[{i}].{field}" for i in range(MAX_PAIRS) for field in ("source", "destination")
 ]
@@ -49,12 +48,6 @@ def access_width(*numbers: int) -> int:
     """The most bytes, 16 or less, that divide addresses, steps and sizes."""
     bits = functools.reduce(operator.or_, numbers, 16)
     return bits & -bits
-
-
-def filled(numbers: Iterable[int], length: int) -> list[int]:
-    """The numbers, with zeros for those that are missing."""
-    found = list(numbers)
-    return found + [0] * (length - len(found))
 
 
 def runs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,36 +75,50 @@ def copy_runs(
 
     Host arrays are pinned.
     """
+    sides = source, destination
+    steps = [a.strides[0] * itemsize(a.dtype) for a in sides]
+    addresses = _reached(sides, steps, block_bytes, device)
+    width = access_width(block_bytes, *steps, *(addresses or ()))
+    kernel = swap_kernel(width)
+    if gpu.is_capturing(device, stream) and not is_loaded(kernel, device):
+        addresses = None  # a capture may be the first that needs it: nobody knows that before
+
     starts, lengths = runs(pairs)
-    ends = [
-        (a.pointer, gpu.mapped_address(a.pointer) if a.device is HOST else a.pointer)
-        for a in (source, destination)
-    ]
-    steps = [a.strides[0] * itemsize(a.dtype) for a in (source, destination)]
-    mapped = [address for _, address in ends if address is not None]
-    reachable = len(mapped) == 2 and max(source.shape[0], destination.shape[0]) <= 2**31
-    is_short = lengths * block_bytes < LONG_RUN if reachable else np.zeros(len(lengths), bool)
+    is_short = lengths * block_bytes < (LONG_RUN if addresses else 0)
     for first, length in zip(starts[~is_short].tolist(), lengths[~is_short].tolist(), strict=True):
         begin, target = pairs[first].tolist()
         gpu.copy_rows(
             device,
             stream,
-            ends[1][0] + target * steps[1],
+            destination.pointer + target * steps[1],
             steps[1],
-            ends[0][0] + begin * steps[0],
+            source.pointer + begin * steps[0],
             steps[0],
             block_bytes,
             length,
         )
-    short = pairs[np.repeat(is_short, lengths)].astype(_PAIR)
-    if not len(short):
+    if addresses is None or not is_short.any():
         return
-    width = access_width(block_bytes, *mapped, *steps)
-    kernel = swap_kernel(width)
+    short = pairs[np.repeat(is_short, lengths)].astype(_BLOCK_ID)
     units_of_block = -(-block_bytes // (UNIT * width))
-    to_host = HOST in (source.device, destination.device)
+    through_host = HOST in (source.device, destination.device)
     for start in range(0, len(short), MAX_PAIRS):
         some = short[start : start + MAX_PAIRS]
         work = -(-len(some) * units_of_block // (NUM_THREADS // 32))
-        params = PARAMS.pack_with([*mapped, *steps, block_bytes, len(some)], some)
-        launch(kernel, device, stream, min(work, HOST_GRID) if to_host else work, params)
+        params = PARAMS.pack_with([*addresses, *steps, block_bytes, len(some)], some)
+        launch(kernel, device, stream, min(work, HOST_GRID) if through_host else work, params)
+
+
+def _reached(
+    sides: tuple[Array, Array], steps: list[int], block_bytes: int, device: int
+) -> list[int] | None:
+    """Where the kernel finds both arrays. None if it does not reach all of them."""
+    if max(a.shape[0] for a in sides) > 2**31:
+        return None
+    found = [
+        a.pointer
+        if a.device is not HOST
+        else gpu.mapped_address(device, a.pointer, (a.shape[0] - 1) * step + block_bytes)
+        for a, step in zip(sides, steps, strict=True)
+    ]
+    return None if None in found else found

@@ -121,6 +121,11 @@ def load(kernel: Kernel, device: int, stream: int) -> Loaded:
     return found
 
 
+def is_loaded(kernel: Kernel, device: int) -> bool:
+    """Whether `load` would find the kernel at once, also while a CUDA graph is being captured."""
+    return (kernel, device, gpu.emulated_sm()) in _loaded
+
+
 def _load(kernel: Kernel, device: int, sm: int | None) -> Loaded:
     cupy = gpu.cupy()
     start = time.perf_counter()

@@ -227,9 +227,15 @@ def is_pinned(pointer: int) -> bool:
     )
 
 
-def mapped_address(pointer: int) -> int | None:
-    """Where kernels find an address of pinned host memory. None if they cannot reach it."""
-    return cupy().cuda.runtime.pointerGetAttributes(pointer).devicePointer or None
+def mapped_address(device: int, pointer: int, num_bytes: int) -> int | None:
+    """Where kernels of a device find host memory. None if they cannot reach all of it."""
+    runtime = cupy().cuda.runtime
+    with on(device):
+        begin, last = (
+            runtime.pointerGetAttributes(at).devicePointer
+            for at in (pointer, pointer + num_bytes - 1)
+        )
+    return begin if begin and last - begin == num_bytes - 1 else None
 
 
 def copy_rows(

@@ -79,12 +79,14 @@ class ParamStruct:
         return Params(self._struct.pack(*values))
 
     def pack_with(self, values: Sequence[int | float], rest: np.ndarray) -> Params:
-        """The struct from the values of the first fields, and an array of as many others.
+        """The struct from the values of the first fields, and an array for some of the others.
 
         Fields that neither has are zeros.
         """
         head = struct.Struct("@" + self._struct.format[1 : 1 + len(values)])
-        return Params((head.pack(*values) + rest.tobytes()).ljust(self.size, b"\0"))
+        packed = head.pack(*values) + rest.tobytes()
+        assert len(packed) <= self.size, f"{self.cpp_name} has no room for {rest.shape}"
+        return Params(packed.ljust(self.size, b"\0"))
 
     def template(self, values: Mapping[str, Any]) -> ParamTemplate:
         """The struct without its pointers, which come first; every other field must be given."""

@@ -80,8 +80,8 @@ __device__ inline void pause() {
 #endif
 }
 
-// True on one lane. The compiler knows that it is one, so that it makes no loop of what takes uniform
-// registers. By a whole warp.
+// True on one lane, as the compiler knows: it makes no loop of what takes uniform registers. By a whole warp, for
+// sm_90 and later.
 __device__ inline bool elect_lane() {
     uint32 elected = 0;
 #if SM >= 90

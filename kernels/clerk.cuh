@@ -23,7 +23,7 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         sums++;
     };
     const auto sum_up = [&](const Piece& piece) {
-        const SumSteps steps(piece);
+        const SumSteps<Shared::Stage::COUNT> steps(piece);
         for (int head = 0; head < piece.num_heads; head += Shared::WORKERS)
             for (int step = 0; step < steps.num_steps(); step++) {
                 const int slot = free_slot();
@@ -31,7 +31,7 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
                 for (int i = 0; i < Shared::WORKERS; i++) {
                     const int64 row = int64(piece.seq) * p.num_heads + piece.head + head + i;
                     if (head + i < piece.num_heads)
-                        shared.staged[slot][i].fetch(p, row * p.max_partitions + step * steps.STEP, steps.count(step));
+                        shared.staged[slot][i].fetch(p, row * p.max_partitions + step * Shared::Stage::COUNT, steps.count(step));
                 }
                 post(slot, {piece, head, step, false});
             }

@@ -20,14 +20,14 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
     // than has room in the window, which may begin and end within a block.
     constexpr int WINDOW = 256;
     constexpr int IDS = ceil_div(WINDOW / BLOCK_SIZE + 2, WARP);
-    constexpr int BATCH = 4;  // tiles that the bulk copy engine is given at a time
+    // Tiles that the bulk copy engine is given at a time: half the ring at most, so that some are on their way
+    // while a batch waits.
+    constexpr int BATCH = min_of(4, SLOTS / 2);
     constexpr int CHUNK = 16 / sizeof(Cache);
     constexpr int COPY = QUERY_COPY_BYTES / sizeof(Query);
     const int lane = threadIdx.x % WARP;
     const Cache* key_cache = static_cast<const Cache*>(p.key_cache);
     const Cache* value_cache = static_cast<const Cache*>(p.value_cache);
-    const int64 key_step = Layout::template key<Cache, HEAD_SIZE, BLOCK_SIZE>(p.key_strides, 0, 0, 1, 0);
-    const int64 value_step = Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, 0, 0, 1, 0);
 
     // Windows of the block table, one ahead: by the time that one is wanted, its ids have come.
     int ids[IDS];
@@ -90,11 +90,10 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
                 return Layout::template value<Cache, HEAD_SIZE, BLOCK_SIZE>(p.value_strides, block, piece.kv_head, offset,
                                                                             0);
             };
-            // Of the lane's own block, where a tile is a block.
-            const Cache* my_keys = key_cache + key_at(id[0], 0);
-            const Cache* my_values = value_cache + value_at(id[0], 0);
-
             if constexpr (BULK) {
+                // A tile is a block: these are the lane's own.
+                const Cache* my_keys = key_cache + key_at(id[0], 0);
+                const Cache* my_values = value_cache + value_at(id[0], 0);
                 // Lanes wait for the slots of a batch side by side, then one of them issues the copies.
                 bool looked = false;
                 for (int token = window; token < end; token += BATCH * TILE_TOKENS) {
@@ -124,7 +123,8 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
                     }
                     tile += count;
                 }
-            } else
+            } else {
+                const int64 key_step = key_at(0, 1) - key_at(0, 0), value_step = value_at(0, 1) - value_at(0, 0);
                 for (int token = window; token < end; token += TILE_TOKENS, tile++) {
                     if (token == halfway) more = look_up_next();
                     const int slot = tile % SLOTS;
@@ -158,6 +158,7 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
                         tiles.values.template fetch<BLOCK_SIZE>(value_cache, value_of, live);
                     shared.full[slot].arrive_after_copies();
                 }
+            }
         }
         if (piece.begin >= piece.end) {
             walk.draw();

@@ -9,41 +9,43 @@
 
 namespace cupy_paged {
 
-// One head's sum, by one warp: step by step, group by group, four channels a lane at a time.
+// One head's sum, by one warp, node by node, four channels a lane at a time.
 template <int HEAD_SIZE> struct HeadSum {
     static constexpr int LANE_GROUPS = ceil_div(HEAD_SIZE, 4 * WARP);  // of 4 channels, for each lane
 
-    JoinedState group[LANE_GROUPS];   // the last one
+    RunningState group[LANE_GROUPS];  // the one that is being summed up
     RunningState total[LANE_GROUPS];  // of all groups
+    JoinedState last[LANE_GROUPS];    // group
 
     static __device__ int channel(int k) { return (k * WARP + threadIdx.x % WARP) * 4; }
 
-    template <class Stage> __device__ void take(const Stage& stage, const SumSteps& steps, int step) {
+    template <class Stage, class Steps> __device__ void take(const Stage& stage, const Steps& steps, int step) {
         const int count = steps.count(step);
-        for (int first = 0; first < count; first += steps.group)
+#pragma unroll
+        for (int i = 0; i < Stage::COUNT; i++) {
+            if (i >= count) break;
+            const int node = step * Stage::COUNT + i;
+            const bool begins = node % GROUP == 0 || steps.group == 1;
+            const bool ends = node % GROUP == GROUP - 1 || node == steps.total - 1 || steps.group == 1;
 #pragma unroll
             for (int k = 0; k < LANE_GROUPS; k++) {
-                const int at = min(channel(k), HEAD_SIZE - 4);
-                group[k] = stage.node(first, at);
-                if (steps.group > 1 && count > 1) {
-                    RunningState sum;
-                    sum.begin(group[k]);
-#pragma unroll
-                    for (int i = 1; i < GROUP; i++)
-                        if (i < count) sum.take(stage.node(i, at));
-                    group[k] = sum.joined();
-                }
-                if (step == 0 && first == 0) total[k].begin(group[k]);
-                else total[k].take(group[k]);
+                const JoinedState state = stage.node(i, min(channel(k), HEAD_SIZE - 4));
+                if (begins) group[k].begin(state);
+                else group[k].take(state);
+                if (!ends) continue;
+                last[k] = begins ? state : group[k].joined();
+                if (node < steps.group) total[k].begin(last[k]);
+                else total[k].take(last[k]);
             }
+        }
     }
 
-    template <class Query>
-    __device__ void write(const AttentionParams& p, const Piece& piece, int head, const SumSteps& steps) const {
+    template <class Query, class Steps>
+    __device__ void write(const AttentionParams& p, const Piece& piece, int head, const Steps& steps) const {
 #pragma unroll
         for (int k = 0; k < LANE_GROUPS; k++)
             if (channel(k) < HEAD_SIZE)
-                write_result<Query>(p, piece, head, channel(k), steps.is_one_group() ? group[k] : total[k].joined());
+                write_result<Query>(p, piece, head, channel(k), steps.is_one_group() ? last[k] : total[k].joined());
     }
 };
 

@@ -47,9 +47,10 @@ template <int N, class T> __device__ inline void store_once(T* target, const Vec
 
 // Grid: any number of thread blocks. A thread block takes as many whole rows, of one (token, head)
 // each, as it has threads for, and AT_ONCE times that, so that much is in flight; a thread takes WIDTH
-// channels at a time. Rows are taken in tiles of some tokens, head by head, for their lse lie side by side. Both sides are read before it is known whether they count: what an empty one holds
-// is read, but never used. All of a row's threads have read its lse before one of them writes it, so the
-// result may replace either side.
+// channels at a time. Rows are taken in tiles of some tokens, head by head, for their lse lie side by
+// side. Both sides are read before it is known whether they count: what an empty one holds is read, but
+// never used. All of a row's threads have read its lse before one of them writes it, so the result may
+// replace either side.
 template <class Input, class Output, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
 __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergeParams p) {
     constexpr int CHUNKS = HEAD_SIZE / WIDTH;

@@ -16,8 +16,8 @@
 namespace cupy_paged {
 
 // Nodes of one head, on their way from scratch to the worker who sums them up.
-template <class Scratch, int HEAD_SIZE> struct alignas(16) StagedNodes {
-    static constexpr int COUNT = GROUP;
+template <class Scratch, int HEAD_SIZE, int NODES> struct alignas(16) StagedNodes {
+    static constexpr int COUNT = NODES;
 
     Scratch mean[COUNT][HEAD_SIZE];
     float max[COUNT], sum[COUNT];
@@ -49,15 +49,14 @@ struct SumOrder {
     bool is_last;     // there is nothing to sum up, and will not be
 };
 
-// How a row's nodes are taken in steps: all sizes are in nodes.
-struct SumSteps {
-    static constexpr int STEP = GROUP;
-    int group, total;
+// How a row's nodes are taken, STEP at a time. Groups may be of several steps, and steps of several groups.
+template <int STEP> struct SumSteps {
+    int group, total;  // nodes
 
     __device__ explicit SumSteps(const Piece& piece) : group(piece.is_grouped ? 1 : GROUP), total(piece.num_nodes) {}
 
     __device__ int num_steps() const { return ceil_div(total, STEP); }
-    __device__ int count(int i) const { return min(STEP, total - i * STEP); }
+    __device__ int count(int step) const { return min(STEP, total - step * STEP); }
     __device__ bool is_one_group() const { return total <= group; }
 };
 

@@ -18,11 +18,12 @@ template <class Query, int HEADS, int HEAD_SIZE> struct alignas(16) Order {
     Barrier full, stored, empty;
 };
 
-template <class Tiles, class Query, class StagedNodes, int NUM_WORKERS, int SLOTS, int SUM_STAGES, int HEADS,
-          int HEAD_SIZE>
+template <class Tiles, class Query, class StagedNodes, int NUM_WORKERS, int SLOTS, int NUM_STATES, int SUM_STAGES,
+          int HEADS, int HEAD_SIZE>
 struct alignas(16) MmaShared {
+    using Stage = StagedNodes;
     static constexpr int ORDERS = 3, SUMS = SUM_STAGES, WORKERS = NUM_WORKERS;
-    static constexpr int STATES = HEADS <= 4 ? WORKERS : WORKERS / 2;  // that leave the workers, see leave_states
+    static constexpr int STATES = NUM_STATES;  // that the workers leave, see leave_states
 
     Tiles tiles[SLOTS];
     Order<Query, HEADS, HEAD_SIZE> order[ORDERS];

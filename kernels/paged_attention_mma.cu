@@ -33,14 +33,15 @@ namespace cupy_paged {
 // Grid: any number of thread blocks. HEADS query heads of one KV head to a piece. SHARED_BYTES is the
 // planner's figure for the shared memory, BLOCKS_PER_SM what it is to allow.
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int NUM_WORKERS, int SLOTS,
-          int SUM_STAGES, bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES, int BLOCKS_PER_SM, class Bias, class Scratch>
+          int STATES, int SUM_STAGES,
+          int SUM_NODES, bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES, int BLOCKS_PER_SM, class Bias, class Scratch>
 __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     paged_attention_mma(const __grid_constant__ AttentionParams p) {
     using KeyTile = TokenRows<Cache, HEAD_SIZE, Layout::KEYS_BY_TOKEN>;
     using ValueTile = typename WarpValues<Layout, Cache, HEAD_SIZE>::Tile;
     using Tiles = TilePair<KeyTile, ValueTile>;
-    using Stage = StagedNodes<Scratch, HEAD_SIZE>;
-    using Shared = MmaShared<Tiles, Query, Stage, NUM_WORKERS, SLOTS, SUM_STAGES, HEADS, HEAD_SIZE>;
+    using Stage = StagedNodes<Scratch, HEAD_SIZE, SUM_NODES>;
+    using Shared = MmaShared<Tiles, Query, Stage, NUM_WORKERS, SLOTS, STATES, SUM_STAGES, HEADS, HEAD_SIZE>;
     static_assert(sizeof(Shared) <= SHARED_BYTES, "planner and kernel disagree on shared memory");
     extern __shared__ __align__(128) uint8 shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);

@@ -30,12 +30,11 @@ template <int HEADS> struct PieceWalk {
           walk{params.seq_lens, params.num_seqs, params.partition_size, params.max_seq_len, 1},
           drawn(blockIdx.x) {
         piece.is_last = true;
-        // Groups are drawn while there are enough for all thread blocks, and at the end a piece for each of them, so
-        // that they end at the same time. A caller's scratch is to hold every partition.
+        // A caller's scratch is to hold every partition. Where groups cannot be enough, it need not be counted how
+        // many there are.
         const int for_all = ceil_div(int(gridDim.x), per_partition());
         const int64 most_groups = int64(p.num_seqs) * ceil_div(p.max_partitions, GROUP);
-        if (!p.partition_size && p.max_partitions > 1 && most_groups >= for_all)
-            walk.least_groups = walk.num_single = for_all;
+        if (!p.partition_size && p.max_partitions > 1 && most_groups >= for_all) walk.for_all = for_all;
     }
 
     __device__ int per_partition() const { return p.num_kv_heads * p.tiles_per_group; }

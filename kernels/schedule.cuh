@@ -24,8 +24,8 @@ __device__ inline int partition_size_of(int seq_len, int fixed) {
     return size;
 }
 
-// Partitions that are walked as one group, where many are left: their states are joined on the spot, and
-// need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
+// Partitions that are walked as one group, where there are enough groups for everybody: their states are joined
+// on the spot, and need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
 constexpr int GROUP = 8;
 
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
@@ -37,8 +37,7 @@ struct PartitionWalk {
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
-    int least_groups = 0;  // with fewer, or where that is 0, all partitions are walked one by one
-    int num_single = 0;    // partitions, at the end, that are walked one by one in any case
+    int for_all = 0;  // steps that keep everybody busy; 0 to walk all partitions one by one
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
     bool is_grouped = false;   // it is walked in groups: it ends before those
@@ -57,7 +56,8 @@ struct PartitionWalk {
         return max(partitions, min_partitions);
     }
 
-    // Partitions that are walked in groups, the first ones. `mine` are those of the lane's sequence in the
+    // Partitions that are walked in groups: the first ones, while there are groups for everybody and, after them,
+    // a partition for each, so that all end at the same time. `mine` are those of the lane's sequence in the
     // first window. There is no scratch memory for as many as 32 bits cannot count. By a whole warp.
     __device__ int grouped_partitions(int mine) const {
         int partitions = mine, groups = ceil_div(mine, GROUP);
@@ -69,7 +69,7 @@ struct PartitionWalk {
         }
         partitions = __shfl_sync(ALL_LANES, lanes_prefix_sum(partitions), WARP - 1);
         groups = __shfl_sync(ALL_LANES, lanes_prefix_sum(groups), WARP - 1);
-        return groups < least_groups ? 0 : partitions - num_single;
+        return groups < for_all ? 0 : partitions - for_all;
     }
 
     // Moves forward to the sequence of step number `target`; false if there is none. By a whole warp.
@@ -93,7 +93,7 @@ struct PartitionWalk {
             length = there ? seq_lens[first + lane] : 0;
             const int partitions = there ? partitions_of(readable_tokens(length, max_seq_len)) : 0;
             partitions_through = __shfl_sync(ALL_LANES, partitions_through, WARP - 1) + lanes_prefix_sum(partitions);
-            if (first == 0 && least_groups) num_grouped = grouped_partitions(partitions);
+            if (first == 0 && for_all) num_grouped = grouped_partitions(partitions);
             count = partitions_through <= num_grouped ? ceil_div(partitions, GROUP) : partitions;
             through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }

@@ -10,7 +10,7 @@ struct BlockSwap {
     int source, destination;
 };
 
-// Packed by cupy_paged/block_runs.py, field by field.
+// Packed by cupy_paged/block_runs.py: field by field, then the pairs as one array.
 struct SwapBlocksParams {
     const uint8* source;
     uint8* destination;

@@ -169,7 +169,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
         const int head = shared.sum_order[slot].head + warp, step = shared.sum_order[slot].step;
         const bool is_last = shared.sum_order[slot].is_last;
         if (!is_last && head < piece.num_heads) {
-            const SumSteps steps(piece);
+            const SumSteps<Shared::Stage::COUNT> steps(piece);
             head_sum.take(shared.staged[slot][warp], steps, step);
             if (step == steps.num_steps() - 1) head_sum.template write<Query>(p, piece, head, steps);
         }

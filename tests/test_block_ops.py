@@ -162,7 +162,9 @@ def test_short_runs_are_a_kernels_work_and_long_ones_the_drivers(
     machine.launched, copied = swap_as_launched, []
     monkeypatch.setattr(block_runs, "LONG_RUN", 4 * 48)
     monkeypatch.setattr(gpu, "is_pinned", lambda pointer: True)
-    monkeypatch.setattr(gpu, "mapped_address", lambda pointer: pointer if is_mapped else None)
+    monkeypatch.setattr(
+        gpu, "mapped_address", lambda device, pointer, num_bytes: pointer if is_mapped else None
+    )
     monkeypatch.setattr(gpu, "copy_rows", functools.partial(copy_row_by_row, copied))
     owner, kept = random_bits(rng, (1000, 2, 48), np.uint8), random_bits(rng, (1000, 48), np.uint8)
     short = np.stack([rng.permutation(600), rng.permutation(600)], axis=1)

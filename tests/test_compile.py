@@ -219,6 +219,20 @@ def test_params_have_the_layout_that_python_packs(filename: str, params: ParamSt
     nvrtc.compile("\n".join([flatten(filename), *asserts]), [], 80, options())
 
 
+@pytest.mark.parametrize("sm", [sm for sm in ARCHITECTURES if sm >= 80], ids="sm_{}".format)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+@pytest.mark.parametrize("group_size", [1, 2, 4, 7, 8, 16])
+def test_usual_shapes_are_for_tensor_cores(sm, cache_dtype, head_size, group_size):
+    """Whatever the scratch is: what computes must not depend on it, or a row's bits would."""
+    for layout, scratch_dtype in itertools.product(LAYOUTS, ("float32", "bfloat16")):
+        problem = HeadProblem(
+            "bfloat16", cache_dtype, layout, head_size, 16, group_size, 16, 16, 16, False, False
+        )
+        plan = attention_plan(problem, sm, gpu.shared_bytes_of(sm), scratch_dtype)
+        assert plan.kernel.source == "paged_attention_mma.cu"
+
+
 def test_compiler_knows_every_architecture():
     assert set(ARCHITECTURES) <= set(nvrtc.supported_architectures())
 

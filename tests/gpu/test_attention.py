@@ -31,6 +31,12 @@ def ampere(monkeypatch):
     monkeypatch.setattr(gpu, "emulated_sm", lambda: 80)
 
 
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Blackwell's smaller chips: bulk copies with little shared memory, so sums in small steps."""
+    monkeypatch.setattr(gpu, "emulated_sm", lambda: 120)
+
+
 @pytest.mark.parametrize("case", cases.GPU, ids=str)
 def test_matches_oracle(case):
     ops.check_attention(build(case), CUPY)
@@ -51,6 +57,22 @@ def test_matches_oracle_on_the_paths_of_older_chips(case):
 @pytest.mark.parametrize("case", cases.TENSOR_CORES[::4], ids=str)
 def test_matches_oracle_on_the_paths_of_an_ampere(case):
     ops.check_attention(build(case), CUPY)
+
+
+@pytest.mark.usefixtures("small_memory")
+@pytest.mark.parametrize("case", cases.TENSOR_CORES[1::4], ids=str)
+def test_matches_oracle_with_little_shared_memory(case):
+    ops.check_attention(build(case), CUPY)
+
+
+@pytest.mark.usefixtures("small_memory")
+@STORAGES
+@pytest.mark.parametrize(("group", "head_size"), [(8, 128), (3, 256)])
+def test_long_contexts_with_little_shared_memory(dtype, kv_cache_dtype, layout, group, head_size):
+    lengths = 131072, 1, 70001, 0, 8192, 4097
+    ops.check_attention(
+        build(Case(dtype, kv_cache_dtype, layout, 1, group, head_size, seq_lens=lengths)), CUPY
+    )
 
 
 @pytest.mark.parametrize("case", cases.TENSOR_CORES[::5], ids=str)

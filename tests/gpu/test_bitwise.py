@@ -19,6 +19,8 @@ CASES = [
     Case("float32", "auto", "NHD", 1, 3),
     Case("bfloat16", "fp8", "vllm", 1, 8, head_size=128),
     Case("float16", "fp8_e5m2", "NHD", 2, 1, alibi=True),
+    Case("bfloat16", "auto", "vllm", 1, 7, head_size=256),
+    Case("float16", "auto", "HND", 1, 16, head_size=80),
 ]
 
 

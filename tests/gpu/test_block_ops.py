@@ -215,6 +215,19 @@ def test_copies_in_a_graph(arrays, rng, on_host):
         compare.bitwise(arrays.numpy(made), expected)
 
 
+def test_swaps_in_a_capture_that_is_the_first_to_need_the_kernel(arrays, rng, monkeypatch):
+    monkeypatch.setattr(block_runs, "is_loaded", lambda kernel, device: False)
+    cache = random_bits(rng, (40, 64), np.float16)
+    made, kept = arrays.array(cache), pinned(np.zeros((40, 64), np.float16))
+    block_mapping = np.stack([rng.permutation(40), rng.permutation(40)], axis=1)
+    replay = captured(
+        lambda stream: cupy_paged.swap_blocks(made, kept, block_mapping, stream=stream)
+    )
+    kept[...] = 0
+    replay()
+    compare.bitwise(kept[block_mapping[:, 1]], cache[block_mapping[:, 0]])
+
+
 def test_swaps_in_a_graph(arrays, rng):
     cache = random_bits(rng, (40, 3, 64), np.float16)
     made, kept = arrays.array(cache), pinned(np.zeros((40, 64), np.float16))

@@ -187,6 +187,19 @@ class SwapBlocksSuite:
         block_mapping = self.mapping(rng, 40, 40, 30)
         self.check(sides, start, end, block_mapping, cut=lambda owner: owner)
 
+    @pytest.mark.parametrize("num_bytes", [40, 4096])
+    def test_many_blocks_of_other_steps(self, sides, rng, num_bytes):
+        """More than a kernel is given at a time, further apart on one side than on the other."""
+        order = np.stack([rng.permutation(1100), rng.permutation(1100)], axis=1)
+        apart = random_bits(rng, (1100, 3, num_bytes), np.uint8)
+        padded = random_bits(rng, (1100, num_bytes + 8), np.uint8)
+
+        def cut(owner):
+            return owner[:, 1] if owner.ndim == 3 else owner[:, 4:-4]
+
+        self.check(sides, apart, padded, order, cut)
+        self.check(sides, padded, apart, order, cut)
+
     def test_all_blocks_at_once(self, sides, rng):
         start, end = random_bits(rng, (2, 40, 3, 8), np.float16)
         block_mapping = np.stack([np.arange(40)] * 2, axis=1)

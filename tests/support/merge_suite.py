@@ -53,7 +53,9 @@ class MergeSuite:
     def test_merges(self, arrays, rng, dtype, head_size):
         check(states(rng, dtype, head_size=head_size), arrays, dtype)
 
-    @pytest.mark.parametrize(("num_tokens", "num_heads"), [(1, 1), (0, 4), (3, 71), (1000, 2)])
+    @pytest.mark.parametrize(
+        ("num_tokens", "num_heads"), [(1, 1), (0, 4), (3, 71), (8, 3), (9, 2), (17, 5), (1000, 2)]
+    )
     def test_counts(self, arrays, rng, num_tokens, num_heads):
         check(states(rng, "float16", num_tokens, num_heads), arrays, "float16")
 
