@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "the last partition of a group is left out, where thread blocks did one each",
         "kernels/head_sum.cuh",
-        "if (i < count) sum.take(stage.node(i, at));",
-        "if (i < count - 1) sum.take(stage.node(i, at));",
+        "else group[k].take(state);",
+        "else if (!ends) group[k].take(state);",
     ),
     Mutant(
         "a group is what its last partition comes to, where a thread block did all of it",
