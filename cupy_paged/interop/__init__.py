@@ -1,0 +1,1 @@
+"""Ways into other programs and frameworks, each of them optional, and imported by its own name."""

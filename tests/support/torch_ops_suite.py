@@ -1,0 +1,446 @@
+"""What holds for `torch.ops.cupy_paged` with tensors on the host and on a GPU alike.
+
+A test module subclasses `TorchOpsSuite` and gives it a fixture `arrays`, an adapter of
+`support.frameworks` for torch.
+"""
+
+import functools
+import importlib
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import cupy_paged
+from support import compare, merge_suite, ops
+from support.data import DTYPES, Case, build
+
+NUM_BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE = 6, 16, 2, 64
+
+
+def registered(arrays):
+    """torch.ops.cupy_paged."""
+    importlib.import_module("cupy_paged.interop.torch_ops")
+    return arrays.torch.ops.cupy_paged
+
+
+class Call(NamedTuple):
+    """One call of an op, and the function that it is to repeat, given the same."""
+
+    op: str
+    args: list[Any]
+    keywords: dict[str, Any]
+    function: Callable[..., Any]
+
+    def run(self, run: Callable[..., Any], arrays) -> list[np.ndarray]:
+        """What `run` returns for the arguments, then all of these: some have been written."""
+        made = run(*self.args, **self.keywords)
+        made = [] if made is None else made if isinstance(made, tuple) else [made]
+        return [arrays.numpy(x) for x in (*made, *self.tensors(arrays))]
+
+    def tensors(self, arrays) -> list[Any]:
+        given = [*self.args, *self.keywords.values()]
+        flat = [x for group in given for x in (group if isinstance(group, list) else [group])]
+        return [x for x in flat if isinstance(x, arrays.torch.Tensor)]
+
+
+def scale_of(arrays, value):
+    return arrays.array(np.array([value], np.float32))
+
+
+def attention_problem(kv_cache_dtype="auto", **options):
+    # Comparisons of whole arguments want no NaN in them.
+    return build(Case(kv_cache_dtype=kv_cache_dtype, seq_lens=(40, 17, 0), **options)).unpoisoned()
+
+
+def attention_arguments(problem, arrays):
+    given = ops.arguments(problem, arrays)
+    names = "query", "key_cache", "value_cache", "block_tables", "seq_lens"
+    for name in ("k_scale", "v_scale"):
+        given[name] = scale_of(arrays, given[name])
+    return [given.pop(name) for name in names], given
+
+
+def attention(arrays, kv_cache_dtype="auto", **options):
+    problem = attention_problem(kv_cache_dtype, **options)
+    args, keywords = attention_arguments(problem, arrays)
+    return Call("paged_attention", args, keywords, cupy_paged.paged_attention)
+
+
+def attention_with_lse(arrays):
+    args, keywords = attention_arguments(attention_problem(alibi=True), arrays)
+    function = functools.partial(cupy_paged.paged_attention, return_lse=True)
+    return Call("paged_attention_with_lse", args, keywords, function)
+
+
+def attention_out(arrays):
+    def function(out, *args, **keywords):
+        cupy_paged.paged_attention(*args, out=out, **keywords)
+
+    problem = attention_problem()
+    args, keywords = attention_arguments(problem, arrays)
+    out = ops.empty(problem.query.shape, "float16", arrays, 1.0)
+    return Call("paged_attention_out", [out, *args], keywords, function)
+
+
+def vllm_attention(arrays, op):
+    problem = attention_problem("fp8")
+    num_seqs, num_heads, head_size = problem.query.shape
+    k_scale, v_scale = (scale_of(arrays, s) for s in problem.case.scales)
+    tail, keywords = ops.positional(problem, arrays, k_scale=k_scale, v_scale=v_scale)
+    written = [ops.empty(problem.query.shape, "float16", arrays, 1.0)]
+    if op == "paged_attention_v2":
+        shape = num_seqs, num_heads, 1
+        written += [ops.empty(shape, "float32", arrays, 1.0) for _ in range(2)]
+        written += [ops.empty((*shape, head_size), "float32", arrays, 1.0)]
+    return Call(op, [*written, *tail], keywords, getattr(cupy_paged, op))
+
+
+def states(arrays):
+    return [arrays.array(x) for x in merge_suite.states(np.random.default_rng(1), "float16")]
+
+
+def merge(arrays, **keywords):
+    function = functools.partial(cupy_paged.merge_attn_states, None)
+    return Call("merge_attn_states", states(arrays), keywords, function)
+
+
+def merge_out(arrays, with_lse):
+    given = states(arrays)
+    args = [arrays.array(np.ones((37, 5, 64), np.float16)), *given]
+    if with_lse:
+        args += [arrays.array(np.ones((5, 37), np.float32)), 20]
+    return Call("merge_attn_states_out", args, {}, cupy_paged.merge_attn_states)
+
+
+def normal(arrays, *shape, dtype="float16", seed=2):
+    contents = np.random.default_rng(seed).standard_normal(shape)
+    return arrays.array(contents.astype(DTYPES[dtype]))
+
+
+def write(arrays, layout):
+    key, value = (
+        normal(arrays, 5, NUM_KV_HEADS, HEAD_SIZE, dtype="float32", seed=s) for s in (3, 4)
+    )
+    slots = arrays.array(np.array([17, -1, 5, 90, 31]))
+    if layout == "vllm":
+        op, keywords, x = "reshape_and_cache", {}, 16
+        shapes = (HEAD_SIZE // x, BLOCK_SIZE, x), (HEAD_SIZE, BLOCK_SIZE)
+        shapes = [(NUM_BLOCKS, NUM_KV_HEADS, *shape) for shape in shapes]
+    else:
+        op, keywords = "reshape_and_cache_flash", {"layout": layout}
+        shapes = [(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE)] * 2
+    caches = [arrays.array(np.ones(shape, np.uint8)) for shape in shapes]
+    scales = [scale_of(arrays, s) for s in (0.5, 0.25)]
+    args = [key, value, *caches, slots, "fp8", *scales]
+    return Call(op, args, keywords, getattr(cupy_paged, op))
+
+
+def write_mla(arrays):
+    latent, rotary = normal(arrays, 4, 32), normal(arrays, 4, 8)
+    cache = normal(arrays, NUM_BLOCKS, BLOCK_SIZE, 40)
+    slots = arrays.array(np.array([17, -1, 5, 90]))
+    args = [latent, rotary, cache, slots, "auto", scale_of(arrays, 1.0)]
+    return Call("concat_and_cache_mla", args, {}, cupy_paged.concat_and_cache_mla)
+
+
+def copy(arrays, has_values):
+    kinds = [[normal(arrays, 4, 2, 8, seed=2 * kind + i) for i in range(2)] for kind in range(2)]
+    if not has_values:
+        kinds[1] = []
+    pairs = arrays.array(np.array([[3, 0], [1, 2]]))
+    return Call("copy_blocks", [*kinds, pairs], {}, cupy_paged.copy_blocks)
+
+
+def gather(arrays):
+    rows = [normal(arrays, 9, NUM_KV_HEADS, HEAD_SIZE, seed=s) for s in (5, 6)]
+    codes = np.random.default_rng(7).integers(0, 0x70, (2, NUM_BLOCKS, 16, NUM_KV_HEADS, HEAD_SIZE))
+    caches = [arrays.array(cache.astype(np.uint8)) for cache in codes]
+    tables, ends, starts = (
+        arrays.array(np.array(x, np.int32)) for x in ([[2, 0], [1, -1]], [0, 3, 8], [14, 2])
+    )
+    keywords = {
+        "layout": "NHD",
+        "kv_cache_dtype": "fp8",
+        "k_scale": scale_of(arrays, 0.5),
+        "v_scale": scale_of(arrays, 0.25),
+    }
+    args = [*rows, *caches, tables, ends, starts]
+    return Call("gather_cache", args, keywords, cupy_paged.gather_cache)
+
+
+CALLS = {
+    "paged_attention": attention,
+    "paged_attention-fp8": lambda arrays: attention(arrays, "fp8", layout="vllm"),
+    "paged_attention-interleaved": lambda arrays: attention(arrays, strides="interleaved"),
+    "paged_attention_with_lse": attention_with_lse,
+    "paged_attention_out": attention_out,
+    "paged_attention_v1": lambda arrays: vllm_attention(arrays, "paged_attention_v1"),
+    "paged_attention_v2": lambda arrays: vllm_attention(arrays, "paged_attention_v2"),
+    "merge_attn_states": merge,
+    "merge_attn_states-some": lambda arrays: merge(arrays, prefill_tokens_with_context=20),
+    "merge_attn_states-fp8": lambda arrays: merge(arrays, output_scale=scale_of(arrays, 0.5)),
+    "merge_attn_states_out": lambda arrays: merge_out(arrays, with_lse=False),
+    "merge_attn_states_out-lse": lambda arrays: merge_out(arrays, with_lse=True),
+    "reshape_and_cache": lambda arrays: write(arrays, "vllm"),
+    "reshape_and_cache_flash": lambda arrays: write(arrays, "HND"),
+    "concat_and_cache_mla": write_mla,
+    "copy_blocks": lambda arrays: copy(arrays, has_values=True),
+    "copy_blocks-keys": lambda arrays: copy(arrays, has_values=False),
+    "gather_cache": gather,
+}
+"""Builders of calls, each with new tensors of the same contents."""
+
+EVERY_CALL = pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
+BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+EAGER_AND_COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+def check_alike(found, expected):
+    assert len(found) == len(expected)
+    for i, (got, want) in enumerate(zip(found, expected, strict=True)):
+        compare.bitwise(got, want, f"tensor {i}")
+
+
+class Step:
+    """A decode step: attention before and after the newest token is written into the caches.
+
+    It has no arithmetic of torch's own, for which inductor would want a compiler.
+    """
+
+    def __init__(self, arrays, num_seqs=2, seed=0):
+        self.ops, self.arrays = registered(arrays), arrays
+        sizes = NUM_KV_HEADS, BLOCK_SIZE, HEAD_SIZE
+        self.pair = normal(arrays, NUM_BLOCKS, 2, *sizes, seed=seed + 1)
+        self.query = normal(arrays, num_seqs, 2 * NUM_KV_HEADS, HEAD_SIZE, seed=seed + 2)
+        self.key, self.value = (
+            normal(arrays, num_seqs, NUM_KV_HEADS, HEAD_SIZE, seed=seed + s) for s in (3, 4)
+        )
+        blocks = np.random.default_rng(seed).permutation(NUM_BLOCKS)[:num_seqs]
+        self.tables = arrays.array(blocks.astype(np.int32)[:, None])
+        self.lens = arrays.array(np.full(num_seqs, 8, np.int32))
+        self.slots = arrays.array(blocks * BLOCK_SIZE + 7)
+        self.scale = scale_of(arrays, 1.0)
+
+    @property
+    def inputs(self):
+        """What may change from step to step."""
+        return self.pair, self.query, self.key, self.value, self.tables, self.slots
+
+    @property
+    def caches(self):
+        return self.pair[:, 0], self.pair[:, 1]
+
+    def attend(self, key_cache, value_cache, max_seq_len=None):
+        return self.ops.paged_attention(
+            self.query, key_cache, value_cache, self.tables, self.lens, layout="HND",
+            max_seq_len=max_seq_len,
+        )  # fmt: skip
+
+    def write(self, key_cache, value_cache):
+        self.ops.reshape_and_cache_flash(
+            self.key, self.value, key_cache, value_cache, self.slots, "auto", self.scale,
+            self.scale, layout="HND",
+        )  # fmt: skip
+
+    def __call__(self, key_cache, value_cache):
+        before = self.attend(key_cache, value_cache)
+        self.write(key_cache, value_cache)
+        return before, self.attend(key_cache, value_cache)
+
+    def results(self, made):
+        """(before, after, caches) as NumPy arrays."""
+        return [self.arrays.numpy(x) for x in (*made, self.pair)]
+
+    def become(self, other):
+        """Fills all inputs with those of another step."""
+        for mine, theirs in zip(self.inputs, other.inputs, strict=True):
+            mine.copy_(theirs)
+
+    def compiled(self, run, **options):
+        return self.arrays.torch.compile(run, fullgraph=True, **options)
+
+    def on_views(self, pair):
+        """The same, with caches that are taken from one array on the way."""
+        return self(pair[:, 0], pair[:, 1])
+
+
+class TorchOpsSuite:
+    @pytest.fixture(autouse=True)
+    def nothing_is_compiled_yet(self, arrays):
+        # What torch keeps on disk, it finds again without asking what an op writes or returns.
+        config = importlib.import_module("torch._inductor.config")
+        arrays.torch.compiler.reset()
+        with config.patch(force_disable_caches=True):
+            yield
+
+    @EVERY_CALL
+    def test_repeats_the_function(self, arrays, make):
+        call, again = make(arrays), make(arrays)
+        found = call.run(getattr(registered(arrays), call.op), arrays)
+        check_alike(found, again.run(again.function, arrays))
+
+    @EVERY_CALL
+    def test_opcheck(self, arrays, make):
+        call = make(arrays)
+        op = getattr(registered(arrays), call.op).default
+        arrays.torch.library.opcheck(op, tuple(call.args), call.keywords)
+
+    @EVERY_CALL
+    @BACKENDS
+    def test_compiled_as_eager(self, arrays, make, backend):
+        call, again = make(arrays), make(arrays)
+        op = getattr(registered(arrays), call.op)
+
+        def run(*args, **keywords):
+            return op(*args, **keywords)
+
+        compiled = arrays.torch.compile(run, fullgraph=True, backend=backend)
+        check_alike(call.run(compiled, arrays), again.run(op, arrays))
+
+    @EVERY_CALL
+    def test_inference_mode(self, arrays, make):
+        torch = arrays.torch
+        again = make(arrays)
+        expected = again.run(again.function, arrays)
+        for made_inside in (False, True):
+            call = None if made_inside else make(arrays)
+            with torch.inference_mode():
+                call = call or make(arrays)
+                op = getattr(registered(arrays), call.op)
+                run = torch.compile(
+                    lambda *args, op=op, **keywords: op(*args, **keywords),
+                    fullgraph=True,
+                    backend="aot_eager",
+                )
+                check_alike(call.run(run, arrays), expected)
+                call = make(arrays)
+                check_alike(call.run(op, arrays), expected)
+
+    @BACKENDS
+    @pytest.mark.parametrize("form", ["caches", "views"])
+    def test_reads_after_a_write_are_not_those_before(self, arrays, backend, form):
+        # A compiler that saw no write would compute the attention once.
+        found, expected = Step(arrays), Step(arrays)
+        if form == "caches":
+            run, given = found.compiled(found.__call__, backend=backend), found.caches
+        else:
+            run, given = found.compiled(found.on_views, backend=backend), [found.pair]
+        got, want = found.results(run(*given)), expected.results(expected(*expected.caches))
+        check_alike(got, want)
+        before, after, _ = got
+        assert (before != after).any()
+
+    @pytest.mark.parametrize("form", ["caches", "views"])
+    def test_inductor_copies_no_cache(self, arrays, form):
+        utils = importlib.import_module("torch._inductor.utils")
+        step = Step(arrays)
+        if form == "caches":
+            run, given = step.__call__, [cache.contiguous() for cache in step.caches]
+        else:
+            run, given = step.on_views, [step.pair]
+        _, (code,) = utils.run_and_get_code(step.compiled(run), *given)
+        assert "reshape_and_cache_flash" in code
+        assert not re.search(r"= empty_strided\w*\(", code)
+
+    @BACKENDS
+    def test_other_sizes_need_no_other_graph(self, arrays, backend):
+        torch = arrays.torch
+
+        op = registered(arrays).paged_attention
+
+        def attend(query, key_cache, value_cache, tables, lens, max_seq_len):
+            return op(
+                query, key_cache, value_cache, tables, lens, layout="HND", max_seq_len=max_seq_len
+            )
+
+        compiled = torch.compile(attend, fullgraph=True, backend=backend, dynamic=True)
+
+        def check(num_seqs, max_seq_len):
+            step = Step(arrays, num_seqs)
+            out = compiled(step.query, *step.caches, step.tables, step.lens, max_seq_len)
+            want = step.attend(*step.caches, max_seq_len)
+            compare.bitwise(arrays.numpy(out), arrays.numpy(want))
+
+        check(3, 8)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            check(5, 11)
+            check(2, 100)
+
+    @EAGER_AND_COMPILED
+    def test_tensors_that_require_grad_are_read_detached(self, arrays, compiled):
+        step = Step(arrays)
+        want = step.attend(*step.caches)
+        step.query.requires_grad_()
+        run = step.compiled(step.attend) if compiled else step.attend
+        out = run(*step.caches)
+        assert not out.requires_grad
+        compare.bitwise(arrays.numpy(out), arrays.numpy(want))
+
+    def test_autograd_notices_what_was_written(self, arrays):
+        step = Step(arrays)
+        weight = normal(arrays, HEAD_SIZE).requires_grad_()
+        for written in (0, 1):
+            product = (step.caches[written] * weight).sum()
+            step.write(*step.caches)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.backward()
+
+    def test_scales_are_tensors(self, arrays):
+        step = Step(arrays)
+        given = step.query, *step.caches, step.tables, step.lens
+        with pytest.raises(RuntimeError, match=r"argument 'k_scale' .* type 'float'"):
+            step.ops.paged_attention(*given, layout="HND", k_scale=0.5)
+        out = step.ops.paged_attention(*given, layout="HND", k_scale=None, v_scale=step.scale)
+        compare.bitwise(arrays.numpy(out), arrays.numpy(step.attend(*step.caches)))
+
+    @EAGER_AND_COMPILED
+    def test_errors_are_those_of_the_function(self, arrays, compiled):
+        step = Step(arrays)
+        key_cache, value_cache = step.caches
+        run = step.compiled(step.attend) if compiled else step.attend
+        with pytest.raises(ValueError, match=r"^value_cache: block_size 8 does not match"):
+            run(key_cache, value_cache[:, :, :8])
+
+    def test_meta_tensors_give_shapes(self, arrays):
+        step = Step(arrays)
+        given = (x.to("meta") for x in (step.query, *step.caches, step.tables, step.lens))
+        out, lse = step.ops.paged_attention_with_lse(*given, layout="HND")
+        assert (out.shape, lse.shape) == (step.query.shape, step.query.shape[:2])
+        assert (out.dtype, lse.dtype) == (step.query.dtype, arrays.torch.float32)
+
+    def test_several_threads(self, arrays):
+        check_threads(arrays, lambda run: run())
+
+
+def check_threads(arrays, surround):
+    """Check that threads at work side by side do not disturb each other.
+
+    surround    runs what it is given as one of them is to: on a stream of its own, for example
+    """
+    calls = [make(arrays) for make in CALLS.values()]
+    expected = [call.run(call.function, arrays) for call in calls]
+    failed = []
+
+    def work():
+        for make, want in zip(CALLS.values(), expected, strict=True):
+            call = make(arrays)
+            check_alike(call.run(getattr(registered(arrays), call.op), arrays), want)
+
+    def attempt():
+        try:
+            for _ in range(3):
+                surround(work)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=attempt) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,17 @@
+"""The ops that torch.compile takes, with tensors on the host."""
+
+import pytest
+
+from support import frameworks
+from support.torch_ops_suite import TorchOpsSuite
+
+TORCH = [arrays for arrays in frameworks.host() if arrays.name == "torch"]
+
+
+@pytest.fixture(params=TORCH, ids=lambda arrays: arrays.name)
+def arrays(request):
+    return request.param
+
+
+class TestTorchOps(TorchOpsSuite):
+    pass
