@@ -34,7 +34,7 @@ def test_example_runs(name):
     namespace: dict[str, object] = {}
     code = examples()[name]
     exec(code, namespace)
-    if "\nout" in code:
+    if "interop.vllm" not in code:  # which installs ops, and calls none
         assert namespace["out"].shape == (2, 32, 128)
 
 
