@@ -117,4 +117,4 @@ def test_command(tmp_path, seed, arguments, message):
         assert done.stdout.count("PagedKVCache: 2 layers") == 2
         assert "samples     4 of 4 the same" in done.stdout
         names = [line.split()[0] for line in done.stdout.splitlines()[-7:]]
-        assert names == ["blocks", "memory", "prompt", "sampling", "together", "samples", "backend"]
+        assert names == ["blocks", "memory", "prompt", "sampling", "samples", "backend"]
