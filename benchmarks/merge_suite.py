@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -174,13 +175,8 @@ def _run_shape(
         system="",
         op="",
     )
-    made: list[MergeSets] = []
+    sets = functools.cache(lambda: MergeSets(runner.device, shape))  # when something is measured
     floor: float | None = None
-
-    def sets() -> MergeSets:
-        if not made:
-            made.append(MergeSets(runner.device, shape))
-        return made[0]
 
     def time_floor(blank: Measurement) -> Measurement:
         found = floors.time(sets().memory, shape.moved_bytes, sets().num_sets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -262,13 +263,8 @@ def _run_move(runner: Runner, move: Move, systems: Sequence[str], replays: int |
         system="",
         op="",
     )
-    made: list[MoveSets] = []
+    sets = functools.cache(lambda: MoveSets(runner.device, move))  # when something is measured
     floor: float | None = None
-
-    def sets() -> MoveSets:
-        if not made:
-            made.append(MoveSets(runner.device, move))
-        return made[0]
 
     def time_copy(blank: Measurement) -> Measurement:
         calls = _driver_copies(runner, sets())

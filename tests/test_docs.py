@@ -24,6 +24,10 @@ EXAMPLES = {
     for number, code in enumerate(pages.examples(text), 1)
 }
 BUILD = "python -m docs"
+BUILDS_THE_SITE = pytest.mark.skipif(
+    importlib.util.find_spec("pdoc") is None,
+    reason="pdoc is not installed; the docs extra has it, and CI builds the site",
+)
 
 
 def imported(code: str) -> set[str]:
@@ -156,9 +160,8 @@ def check_reads_the_same(plain, docstring):
             assert line in lines
 
 
+@BUILDS_THE_SITE
 def test_the_site_is_built_without_a_warning(tmp_path):
-    if importlib.util.find_spec("pdoc") is None:
-        pytest.skip("pdoc is not installed; the docs extra has it, and CI builds the site")
     site = tmp_path / "site"
     command = [sys.executable, "-m", "docs", str(site)]
     for _ in range(2):  # the second time in place of the first
@@ -171,9 +174,8 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         assert f'<section id="{name}">' in shown
 
 
+@BUILDS_THE_SITE
 def test_a_link_of_the_site_to_nowhere_is_an_error(tmp_path):
-    if importlib.util.find_spec("pdoc") is None:
-        pytest.skip("pdoc is not installed; the docs extra has it")
     broken_links = importlib.import_module("docs.__main__").broken_links
     (tmp_path / "a.html").write_text('<a href="b.html#here"></a><a href="#there"></a>')
     (tmp_path / "b.html").write_text('<p id="here"></p><a href="https://c.org/d"></a>')
@@ -182,9 +184,8 @@ def test_a_link_of_the_site_to_nowhere_is_an_error(tmp_path):
     assert len(broken_links(tmp_path)) == 2
 
 
+@BUILDS_THE_SITE
 def test_a_folder_that_is_no_site_is_left_alone(tmp_path):
-    if importlib.util.find_spec("pdoc") is None:
-        pytest.skip("pdoc is not installed; the docs extra has it")
     (tmp_path / "mine").write_text("")
     with pytest.raises(SystemExit, match="is no site"):
         importlib.import_module("docs.__main__").build(tmp_path)

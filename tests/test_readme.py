@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from docs import pages
 from support import device
 from support.frameworks import REQUIRED
 from support.receipt import ROOT
@@ -15,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 def examples() -> dict[str, str]:
     """Name -> example. Without a GPU, CuPy's run on NumPy, whose names it shares, streams apart."""
     found = {}
-    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)):
+    for number, code in enumerate(pages.examples(README)):
         framework = re.match(r"import (\w+)", code)[1]
         if "cp.cuda." in code and device.missing():
             continue
