@@ -245,15 +245,14 @@ def comparison(shared: Samples, apart: Samples) -> list[str]:
     same = sum(map(list.__eq__, shared.outputs, apart.outputs))
     used, needed = shared.cache.num_used, apart.cache.num_used
     mebibytes = shared.cache.block_bytes / 2**20
-    one = shared.prompt_seconds + shared.sampling_seconds
-    other = apart.prompt_seconds + apart.sampling_seconds
     return [
         f"{'':<12}{'sharing':>12}{'without':>12}{'saved':>12}",
         row("blocks", used, needed, "blocks"),
         row("memory", used * mebibytes, needed * mebibytes, "MiB", 1),
         row("prompt", shared.prompt_seconds, apart.prompt_seconds, "s", 2),
-        row("sampling", shared.sampling_seconds, apart.sampling_seconds, "s", 2),
-        row("together", one, other, "s", 2),
+        # Once each, and one after the other: what differs here is the machine's.
+        f"{'sampling':<12}{shared.sampling_seconds:>12,.2f}{apart.sampling_seconds:>12,.2f}"
+        f"{'':>12} s, of the same work",
         f"samples     {same} of {shared.count} the same",
     ]
 

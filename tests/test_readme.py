@@ -32,8 +32,10 @@ def examples() -> dict[str, str]:
 @pytest.mark.parametrize("name", examples())
 def test_example_runs(name):
     namespace: dict[str, object] = {}
-    exec(examples()[name], namespace)
-    assert namespace["out"].shape == (2, 32, 128)
+    code = examples()[name]
+    exec(code, namespace)
+    if "interop.vllm" not in code:  # which installs ops, and calls none
+        assert namespace["out"].shape == (2, 32, 128)
 
 
 def test_ci_calls_the_commands_of_the_readme():

@@ -116,5 +116,5 @@ def test_command(tmp_path, seed, arguments, message):
         assert "[4] the 12" in done.stdout
         assert done.stdout.count("PagedKVCache: 2 layers") == 2
         assert "samples     4 of 4 the same" in done.stdout
-        names = [line.split()[0] for line in done.stdout.splitlines()[-7:]]
-        assert names == ["blocks", "memory", "prompt", "sampling", "together", "samples", "backend"]
+        names = [line.split()[0] for line in done.stdout.splitlines()[-6:]]
+        assert names == ["blocks", "memory", "prompt", "sampling", "samples", "backend"]
