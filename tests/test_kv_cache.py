@@ -253,7 +253,7 @@ def test_wrong_batches():
     ):
         with pytest.raises(ValueError, match=words):
             cache.batch(*arguments, **options)
-    with pytest.raises(TypeError, match="^sequences: got one, needs a list"):
+    with pytest.raises(TypeError, match=r"^sequences: got one, needs a list"):
         cache.batch(first)
     with pytest.raises(cupy_paged.NeverFits, match="3 cache blocks needed, 2 to a sequence"):
         cache.append(first, range(4))
