@@ -100,6 +100,8 @@ def copy_runs(
     if addresses is None or not is_short.any():
         return
     short = pairs[np.repeat(is_short, lengths)].astype(_BLOCK_ID)
+    if destination.device is HOST:  # whose pages are found sooner in order than here and there
+        short = short[np.argsort(short[:, 1])]
     units_of_block = -(-block_bytes // (UNIT * width))
     through_host = HOST in (source.device, destination.device)
     for start in range(0, len(short), MAX_PAIRS):

@@ -193,7 +193,7 @@ def _reshape_and_cache(
     if key.shape[1:] != (cache.num_kv_heads, cache.head_size):
         raise ValueError(
             f"key: shape {key.shape} does not match key_cache, needs "
-            f"[num_tokens, {cache.num_kv_heads}, {cache.head_size}]"
+            f'[num_tokens, {cache.num_kv_heads}, {cache.head_size}] in layout "{cache.layout}"'
         )
     checks.has_dims(slots, "[num_tokens]")
     checks.is_dtype(slots, "int64")

@@ -78,6 +78,11 @@ def _array_of(framework: str | None, device: Any) -> Any:
     """An empty array of a framework, by name."""
     if framework == "jax":
         raise _immutable("framework")
+    if framework is None:
+        raise TypeError(
+            "like: is missing, needs an array whose framework and device the cache is to have, or "
+            f"framework= one of {', '.join(FRAMEWORKS)}"
+        )
     if framework not in FRAMEWORKS:
         raise ValueError(
             f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"

@@ -239,6 +239,8 @@ class PagedKVCache:
         Raises ValueError for a batch beyond `max_num_seqs` or `max_num_tokens` and for a sequence
         that is offloaded, RuntimeError while a CUDA graph is being captured.
         """
+        if isinstance(sequences, Sequence):
+            raise TypeError("sequences: got one, needs a list of them, even of one")
         for sequence in sequences:
             self.pool.check_on_device(sequence)
         host = on_host(sequences, self.block_size, each_token, max_tokens, num_seqs, num_tokens)

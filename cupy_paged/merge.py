@@ -46,11 +46,15 @@ OUTPUT, OUTPUT_LSE = map(PARAMS.pointers.index, ("output", "output_lse"))
 
 
 @functools.lru_cache(maxsize=256)
-def merge_kernel(input_dtype: str, output_dtype: str, head_size: int, width: int) -> Kernel:
-    """The merge kernel for rows that are read `width` elements at a time."""
-    name = template(
-        "merge_attn_states", cpp(input_dtype), cpp(output_dtype), head_size, width, NUM_THREADS
-    )
+def merge_kernel(
+    input_dtype: str, output_dtype: str, head_size: int, width: int, row: str = "uint32"
+) -> Kernel:
+    """The merge kernel for rows that are read `width` elements at a time.
+
+    row    the type that holds a row's number, "uint32" or "int64"
+    """
+    dtypes = cpp(input_dtype), cpp(output_dtype), cpp(row)
+    name = template("merge_attn_states", *dtypes, head_size, width, NUM_THREADS)
     return Kernel("merge_attn_states.cu", name, NUM_THREADS)
 
 
@@ -221,12 +225,12 @@ def _merge_on_gpu(
         output_width * itemsize(prefix.dtype),
     )
     width = math.gcd(alignment // itemsize(prefix.dtype), head_size)
-    kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width)
-
     rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
     tile_bits = TILE_BITS if num_tokens >= 1 << TILE_BITS else 0
     num_rows = (-(-num_tokens >> tile_bits) << tile_bits) * num_heads
     work = min(-(-num_rows // rows_per_block), _MAX_GRID)
+    row = "uint32" if num_rows < 2**31 else "int64"
+    kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width, row)
 
     strides = {}
     for name, a in (("output", output), ("prefix", prefix), ("suffix", suffix)):

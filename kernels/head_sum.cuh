@@ -9,7 +9,7 @@
 
 namespace cupy_paged {
 
-// One head's sum, by one warp, node by node, four channels a lane at a time.
+// One head's sum, by one warp, four channels a lane at a time.
 template <int HEAD_SIZE> struct HeadSum {
     static constexpr int LANE_GROUPS = ceil_div(HEAD_SIZE, 4 * WARP);  // of 4 channels, for each lane
 
@@ -20,23 +20,29 @@ template <int HEAD_SIZE> struct HeadSum {
     static __device__ int channel(int k) { return (k * WARP + threadIdx.x % WARP) * 4; }
 
     template <class Stage, class Steps> __device__ void take(const Stage& stage, const Steps& steps, int step) {
-        const int count = steps.count(step);
+        constexpr int COUNT = Stage::COUNT;
+        static_assert(GROUP % COUNT == 0, "a step must not be of two groups");
+        const int first = step * COUNT, count = steps.count(step), end = first + count;
 #pragma unroll
-        for (int i = 0; i < Stage::COUNT; i++) {
-            if (i >= count) break;
-            const int node = step * Stage::COUNT + i;
-            const bool begins = node % GROUP == 0 || steps.group == 1;
-            const bool ends = node % GROUP == GROUP - 1 || node == steps.total - 1 || steps.group == 1;
+        for (int k = 0; k < LANE_GROUPS; k++) {
+            // All that may be there at once, so that their sum waits for shared memory only once.
+            JoinedState node[COUNT];
 #pragma unroll
-            for (int k = 0; k < LANE_GROUPS; k++) {
-                const JoinedState state = stage.node(i, min(channel(k), HEAD_SIZE - 4));
-                if (begins) group[k].begin(state);
-                else group[k].take(state);
-                if (!ends) continue;
-                last[k] = begins ? state : group[k].joined();
-                if (node < steps.group) total[k].begin(last[k]);
-                else total[k].take(last[k]);
+            for (int i = 0; i < COUNT; i++) node[i] = stage.node(i, min(channel(k), HEAD_SIZE - 4));
+            if (steps.group == 1) {
+#pragma unroll
+                for (int i = 0; i < COUNT; i++)
+                    if (i < count) add_group(k, node[i], first + i == 0);
+                continue;
             }
+            const bool begins = first % GROUP == 0;
+            if (begins) group[k].begin(node[0]);
+            else group[k].take(node[0]);
+#pragma unroll
+            for (int i = 1; i < COUNT; i++)
+                if (i < count) group[k].take(node[i]);
+            if (end % GROUP == 0 || end == steps.total)
+                add_group(k, begins && count == 1 ? node[0] : group[k].joined(), first < GROUP);
         }
     }
 
@@ -46,6 +52,13 @@ template <int HEAD_SIZE> struct HeadSum {
         for (int k = 0; k < LANE_GROUPS; k++)
             if (channel(k) < HEAD_SIZE)
                 write_result<Query>(p, piece, head, channel(k), steps.is_one_group() ? last[k] : total[k].joined());
+    }
+
+private:
+    __device__ void add_group(int k, const JoinedState& state, bool is_first) {
+        last[k] = state;
+        if (is_first) total[k].begin(state);
+        else total[k].take(state);
     }
 };
 

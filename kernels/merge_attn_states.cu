@@ -48,10 +48,10 @@ template <int N, class T> __device__ inline void store_once(T* target, const Vec
 // Grid: any number of thread blocks. A thread block takes as many whole rows, of one (token, head)
 // each, as it has threads for, and AT_ONCE times that, so that much is in flight; a thread takes WIDTH
 // channels at a time. Rows are taken in tiles of some tokens, head by head, for their lse lie side by
-// side. Both sides are read before it is known whether they count: what an empty one holds is read, but
-// never used. All of a row's threads have read its lse before one of them writes it, so the result may
-// replace either side.
-template <class Input, class Output, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
+// side; Row holds a row's number: where that is uint32, division is much cheaper. Both sides are read
+// before it is known whether they count: what an empty one holds is read, but never used. All of a row's
+// threads have read its lse before one of them writes it, so the result may replace either side.
+template <class Input, class Output, class Row, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
 __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergeParams p) {
     constexpr int CHUNKS = HEAD_SIZE / WIDTH;
     constexpr int ROW_THREADS = min_of(CHUNKS, NUM_THREADS);
@@ -61,9 +61,8 @@ __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergePara
     float factor = 1.0f;
     if constexpr (is_float8<Output>) factor = 1.0f / (p.output_scale_array ? *p.output_scale_array : p.output_scale);
 
-    const int64 tile_rows = int64(p.num_heads) << p.tile_bits;
+    const uint32 tile_rows = uint32(p.num_heads) << p.tile_bits;
     const int64 num_rows = ((p.num_tokens - 1 >> p.tile_bits) + 1) * tile_rows;
-    const bool fits_32_bits = num_rows >> 32 == 0;  // where division is much cheaper
     const int first_chunk = threadIdx.x % ROW_THREADS;
     for (int64 first = int64(blockIdx.x) * ROWS * AT_ONCE; first < num_rows;
          first += int64(gridDim.x) * ROWS * AT_ONCE) {
@@ -83,10 +82,10 @@ __global__ void __launch_bounds__(NUM_THREADS) merge_attn_states(const MergePara
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             const int64 row = first + k * ROWS + threadIdx.x / ROW_THREADS;
-            const int64 tile = fits_32_bits ? uint32(row) / uint32(tile_rows) : row / tile_rows;
-            const int64 in_tile = row - tile * tile_rows;
+            const Row tile = Row(row) / tile_rows;
+            const uint32 in_tile = uint32(row) - uint32(tile) * tile_rows;
             head[k] = int(in_tile >> p.tile_bits);
-            token[k] = (tile << p.tile_bits) + (in_tile & (1 << p.tile_bits) - 1);
+            token[k] = (int64(tile) << p.tile_bits) + (in_tile & (1u << p.tile_bits) - 1);
             mine[k] = threadIdx.x < ROWS * ROW_THREADS && row < num_rows && token[k] < p.num_tokens;
             if (!mine[k]) continue;
             has_prefix[k] = token[k] < p.num_merged_tokens;

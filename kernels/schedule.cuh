@@ -24,8 +24,8 @@ __device__ inline int partition_size_of(int seq_len, int fixed) {
     return size;
 }
 
-// Partitions that are walked as one group, where there are enough groups for everybody: their states are joined
-// on the spot, and need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
+// Partitions that are walked as one group, where a group is well below everybody's share of the tokens: their
+// states are joined on the spot, and need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
 constexpr int GROUP = 8;
 
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
@@ -37,7 +37,7 @@ struct PartitionWalk {
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
-    int for_all = 0;  // steps that keep everybody busy; 0 to walk all partitions one by one
+    int for_all = 0;       // steps that keep everybody busy; 0 to walk all partitions one by one
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
     bool is_grouped = false;   // it is walked in groups: it ends before those
@@ -46,8 +46,11 @@ struct PartitionWalk {
 
     // A window of sequences, one a lane: to seek within it asks nothing of global memory.
     int first = -WARP, length = 0, count = 0;
-    int64 partitions_through = 0, through = 0;  // partitions and steps up to and with this lane's sequence
-    int num_grouped = 0;
+    bool in_groups = false;
+    int64 units_through = 0, through = 0;  // units and steps up to and with this lane's sequence
+    // A unit is a partition of the smallest size.
+    int grouped_units = 0;     // sequences that end within so many may be walked in groups
+    int max_group_tokens = 0;  // if their groups are no larger
 
     __device__ int partitions_of(int tokens) const {
         const int size = partition_size_of(tokens, partition_size);
@@ -56,20 +59,23 @@ struct PartitionWalk {
         return max(partitions, min_partitions);
     }
 
-    // Partitions that are walked in groups: the first ones, while there are groups for everybody and, after them,
-    // a partition for each, so that all end at the same time. `mine` are those of the lane's sequence in the
-    // first window. There is no scratch memory for as many as 32 bits cannot count. By a whole warp.
-    __device__ int grouped_partitions(int mine) const {
-        int partitions = mine, groups = ceil_div(mine, GROUP);
+    static __device__ int units_of(int tokens) { return (tokens + MIN_PARTITION_SIZE - 1) / MIN_PARTITION_SIZE; }
+
+    // Decides on groups: three quarters of a share at most, and none at the end, where small pieces let all end at
+    // the same time. `mine` are the units of the lane's sequence in the first window. By a whole warp.
+    __device__ void limit_groups(int mine) {
+        int units = mine;
 #pragma unroll 4
-        for (int i = WARP + threadIdx.x % WARP; i < num_seqs; i += WARP) {
-            const int count = partitions_of(readable_tokens(seq_lens[i], max_seq_len));
-            partitions += count;
-            groups += ceil_div(count, GROUP);
-        }
-        partitions = __shfl_sync(ALL_LANES, lanes_prefix_sum(partitions), WARP - 1);
-        groups = __shfl_sync(ALL_LANES, lanes_prefix_sum(groups), WARP - 1);
-        return groups < for_all ? 0 : partitions - for_all;
+        for (int i = WARP + threadIdx.x % WARP; i < num_seqs; i += WARP)
+            units += units_of(readable_tokens(seq_lens[i], max_seq_len));
+        units = __shfl_sync(ALL_LANES, lanes_prefix_sum(units), WARP - 1);
+        grouped_units = units - for_all;
+        max_group_tokens = min(units / for_all, 1 << 20) * (MIN_PARTITION_SIZE * 3 / 4);
+    }
+
+    __device__ bool may_be_grouped(int tokens) const {
+        return units_through <= grouped_units &&
+               min(GROUP * partition_size_of(tokens, partition_size), tokens) <= max_group_tokens;
     }
 
     // Moves forward to the sequence of step number `target`; false if there is none. By a whole warp.
@@ -82,7 +88,7 @@ struct PartitionWalk {
                 const int holder = __ffs(reached) - 1;
                 seq = first + holder;
                 seq_len = __shfl_sync(ALL_LANES, length, holder);
-                is_grouped = __shfl_sync(ALL_LANES, partitions_through, holder) <= num_grouped;
+                is_grouped = __shfl_sync(ALL_LANES, int(in_groups), holder);
                 num_steps = __shfl_sync(ALL_LANES, count, holder);
                 before = __shfl_sync(ALL_LANES, through - count, holder);
                 return true;
@@ -91,10 +97,15 @@ struct PartitionWalk {
             if (first >= num_seqs) return false;
             const bool there = first + lane < num_seqs;
             length = there ? seq_lens[first + lane] : 0;
-            const int partitions = there ? partitions_of(readable_tokens(length, max_seq_len)) : 0;
-            partitions_through = __shfl_sync(ALL_LANES, partitions_through, WARP - 1) + lanes_prefix_sum(partitions);
-            if (first == 0 && for_all) num_grouped = grouped_partitions(partitions);
-            count = partitions_through <= num_grouped ? ceil_div(partitions, GROUP) : partitions;
+            const int tokens = readable_tokens(length, max_seq_len);
+            count = there ? partitions_of(tokens) : 0;
+            if (for_all) {
+                const int units = there ? units_of(tokens) : 0;
+                units_through = __shfl_sync(ALL_LANES, units_through, WARP - 1) + lanes_prefix_sum(units);
+                if (first == 0) limit_groups(units);
+                in_groups = may_be_grouped(tokens);
+                if (in_groups) count = ceil_div(count, GROUP);
+            }
             through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);
         }
     }

@@ -17,9 +17,6 @@ struct alignas(16) Chunk {
     uint32 word[4];
 };
 
-// The largest power of two that divides n, 8 at most.
-__host__ __device__ constexpr int power_of_two_in(int n) { return n % 8 == 0 ? 8 : n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1; }
-
 // Chunks of channels: keys of every layout, values of `Rows`. Not BY_TOKEN: [chunk][token]. BY_TOKEN:
 // [token][chunk], arranged so that eight tokens' chunks of the same channels lie in different banks: by
 // swapping chunks within a row, or where rows are of another length, by an odd number of chunks a row.
@@ -42,19 +39,28 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
     // `token_at(t)` is where token t begins, and is asked by all lanes at a time; `chunk_step(c)` is how far
     // its chunk c is from there. Lanes run along whichever of tokens and chunks is contiguous in the cache.
     template <class At, class Step> __device__ void fetch(At token_at, int live_tokens, Step chunk_step) {
-        constexpr int ROW_LANES = BY_TOKEN ? power_of_two_in(CHUNKS) : WARP / TILE_TOKENS;
-        constexpr int ROWS = WARP / ROW_LANES;  // tokens side by side
         const int lane = threadIdx.x % WARP;
-        const int row = BY_TOKEN ? lane / ROW_LANES : lane % TILE_TOKENS;
-        const int column = BY_TOKEN ? lane % ROW_LANES : lane / TILE_TOKENS;
+        const auto copy = [&](const T* token, int t, int c) {
+            copy_async_once(at(t, c), token + chunk_step(c), t < live_tokens ? 16 : 0);
+        };
+        if constexpr (BY_TOKEN && !SWAPPED) {
+            // Rows of no round length, one after the other: else most of a warp's accesses would be short.
+            static_assert(TILE_TOKENS * CHUNKS % WARP == 0, "a warp must come out even");
 #pragma unroll
-        for (int first = 0; first < TILE_TOKENS; first += ROWS) {
-            const int t = first + row;
-            const T* token = token_at(t);
-            if (t >= TILE_TOKENS) break;
+            for (int first = 0; first < TILE_TOKENS * CHUNKS; first += WARP) {
+                const int t = (first + lane) / CHUNKS;
+                copy(token_at(t), t, (first + lane) % CHUNKS);
+            }
+        } else {
+            constexpr int ROW_LANES = BY_TOKEN ? 8 : WARP / TILE_TOKENS;
+            constexpr int ROWS = WARP / ROW_LANES;  // tokens side by side
 #pragma unroll
-            for (int c = column; c < CHUNKS; c += ROW_LANES)
-                copy_async_once(at(t, c), token + chunk_step(c), t < live_tokens ? 16 : 0);
+            for (int first = 0; first < TILE_TOKENS; first += ROWS) {
+                const int t = first + (BY_TOKEN ? lane / ROW_LANES : lane % TILE_TOKENS);
+                const T* token = token_at(t);
+#pragma unroll
+                for (int c = BY_TOKEN ? lane % ROW_LANES : lane / TILE_TOKENS; c < CHUNKS; c += ROW_LANES) copy(token, t, c);
+            }
         }
     }
 

@@ -95,9 +95,9 @@ def attention_kernels(sm: int) -> list[Kernel]:
 def merge_kernels(sm: int) -> list[Kernel]:
     rng = random.Random(sm)
     return [
-        merge_kernel(dtype, output, rng.choice(HEAD_SIZES), rng.choice((1, 2, 4)))
+        merge_kernel(dtype, output, rng.choice(HEAD_SIZES), rng.choice((1, 2, 4)), row)
         for dtype in FLOATS
-        for output in (dtype, "float8_e4m3fn")
+        for output, row in ((dtype, "uint32"), ("float8_e4m3fn", "uint32"), (dtype, "int64"))
     ]
 
 

@@ -233,7 +233,7 @@ WRITER = [
     ("key is uint8", via("key", np.uint8), TypeError, "^key: dtype uint8, needs float16"),
     ("key has strided channels", via("key", strided), ValueError, "^key: strides .*contiguous"),
     ("key runs backwards", via("key", lambda a: a[::-1]), ValueError, "^key: negative strides"),
-    ("key has 3 heads", lambda g: {name: halves(5, 3, 64) for name in ("key", "value")}, ValueError, r"^key: shape \(5, 3, 64\) does not match key_cache, needs \[num_tokens, 2, 64\]"),
+    ("key has 3 heads", lambda g: {name: halves(5, 3, 64) for name in ("key", "value")}, ValueError, r"^key: shape \(5, 3, 64\) does not match key_cache, needs \[num_tokens, 2, 64\] in layout"),
     ("value has fewer tokens", via("value", lambda a: a[1:]), ValueError, r"^value: shape \(4, 2, 64\), needs the shape of key = \(5, 2, 64\)"),
     ("value is float32", via("value", np.float32), TypeError, "^value: dtype float32 does not match key's float16"),
     ("value has strided channels", via("value", strided), ValueError, "^value: strides .*contiguous"),

@@ -197,7 +197,7 @@ def test_jax_cannot_hold_a_cache_but_use_one():
         ({"layout": "vllm", "dtype": "fp8"}, ValueError, "head_size: got 8"),
         ({"dtype": "int8"}, ValueError, "dtype: got 'int8'"),
         ({"dtype": None}, ValueError, "dtype: needs one of"),
-        ({"framework": None}, ValueError, "framework: got None"),
+        ({"framework": None}, TypeError, "like: is missing"),
         ({"framework": "tensorflow"}, ValueError, "framework: got 'tensorflow'"),
         ({"device": 1}, ValueError, "NumPy arrays are on the host"),
         ({"like": np.zeros(1)}, TypeError, "needs to come without them"),
@@ -253,6 +253,8 @@ def test_wrong_batches():
     ):
         with pytest.raises(ValueError, match=words):
             cache.batch(*arguments, **options)
+    with pytest.raises(TypeError, match=r"^sequences: got one, needs a list"):
+        cache.batch(first)
     with pytest.raises(cupy_paged.NeverFits, match="3 cache blocks needed, 2 to a sequence"):
         cache.append(first, range(4))
     with pytest.raises(ValueError, match="another cache's"):
