@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "the last partition of a group is left out, where thread blocks did one each",
         "kernels/head_sum.cuh",
-        "else group[k].take(state);",
-        "else if (!ends) group[k].take(state);",
+        "if (i < count) group[k].take(node[i]);",
+        "if (i < count - 1) group[k].take(node[i]);",
     ),
     Mutant(
         "a group is what its last partition comes to, where a thread block did all of it",
@@ -130,8 +130,8 @@ MUTANTS = (
     Mutant(
         "the lse of a tile's tokens are those of its first",
         "kernels/merge_attn_states.cu",
-        "(tile << p.tile_bits) + (in_tile & (1 << p.tile_bits) - 1)",
-        "(tile << p.tile_bits)",
+        "(int64(tile) << p.tile_bits) + (in_tile & (1u << p.tile_bits) - 1)",
+        "(int64(tile) << p.tile_bits)",
         MERGE,
     ),
     Mutant(
