@@ -27,6 +27,7 @@ MAX_QUERY_FLOATS = 4096  # query channels that a thread block keeps
 HEADS_PER_THREAD = 8
 
 MMA_WORKERS = 4  # warps
+MMA_HEADS = 8  # columns of an operand
 MMA_ORDERS = 3
 MMA_MAX_SLOTS = 32  # tiles in flight
 ROOMY = 200 * 1024  # bytes of shared memory, as sm_90 and sm_100 have
@@ -128,9 +129,8 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
         or (by_channel and problem.block_size * size % 16)
     ):
         return None
-    tiles_per_group = -(-problem.group_size // (16 if head_size <= 128 else 8))
+    tiles_per_group = -(-problem.group_size // MMA_HEADS)
     heads = -(-problem.group_size // tiles_per_group)
-    columns = -(-heads // 8)
 
     # The same sizes as in kernels/warp_tiles.cuh, warp_states.cuh and paged_attention_mma.cu.
     chunks = head_size * size // 16
@@ -152,7 +152,7 @@ def _mma_plan(problem: HeadProblem, sm: int, shared_limit: int, scratch_dtype: s
         other_bytes += 16 * MMA_MAX_SLOTS + sum_stages * (64 + 16) + 64
         room = (shared_limit + RESERVED_BYTES) // blocks - RESERVED_BYTES - other_bytes
         slots = min(room // tile_bytes, MMA_MAX_SLOTS) // MMA_WORKERS * MMA_WORKERS
-        if slots > 0 and (blocks == 1 or head_size * columns <= 128):
+        if slots > 0 and (blocks == 1 or head_size <= 128):
             break
     else:
         return None

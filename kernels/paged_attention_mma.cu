@@ -3,7 +3,8 @@
 // The scores of 16 tokens for 8 query heads are one 16 x 8 tile, keys being the 16-row operand: a
 // group of up to 8 heads wastes nothing on padding it to 16. Their weights, transposed in registers,
 // are the 8-column operand against values, [channels][tokens], whose sums again have a query head in
-// every column.
+// every column. The parts of a larger group are neighbours' work at the same time: what the first of
+// them fetches, the others find in the second-level cache.
 //
 // Under load every access to global memory waits behind the cache that streams by. Warps that compute
 // therefore leave lengths, tables, queries and counters to others, and have them brought. The roles:
@@ -30,11 +31,11 @@
 
 namespace cupy_paged {
 
-// Grid: any number of thread blocks. HEADS query heads of one KV head to a piece. SHARED_BYTES is the
-// planner's figure for the shared memory, BLOCKS_PER_SM what it is to allow.
+// Grid: any number of thread blocks. HEADS query heads of one KV head, 8 at most, to a piece.
+// SHARED_BYTES is the planner's figure for the shared memory, BLOCKS_PER_SM what it is to allow.
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int NUM_WORKERS, int SLOTS,
-          int STATES, int SUM_STAGES,
-          int SUM_NODES, bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES, int BLOCKS_PER_SM, class Bias, class Scratch>
+          int STATES, int SUM_STAGES, int SUM_NODES, bool BULK, int QUERY_COPY_BYTES, int SHARED_BYTES,
+          int BLOCKS_PER_SM, class Bias, class Scratch>
 __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     paged_attention_mma(const __grid_constant__ AttentionParams p) {
     using KeyTile = TokenRows<Cache, HEAD_SIZE, Layout::KEYS_BY_TOKEN>;

@@ -25,7 +25,8 @@ __device__ inline int partition_size_of(int seq_len, int fixed) {
 }
 
 // Partitions that are walked as one group, where a group is well below everybody's share of the tokens: their
-// states are joined on the spot, and need no scratch memory. A row's sum is the sum of its groups' sums whether or not they were.
+// states are joined on the spot, and need no scratch memory. A row's sum is the sum of its groups' sums whether or
+// not they were.
 constexpr int GROUP = 8;
 
 // Walks the partitions of all sequences in order, leaving out those past a sequence's end. Where a
@@ -37,7 +38,7 @@ struct PartitionWalk {
     int partition_size;   // 0: by partition_size_of
     int max_seq_len;      // longer sequences count as empty
     int min_partitions;   // 1 visits empty sequences too, 0 does not
-    int for_all = 0;       // steps that keep everybody busy; 0 to walk all partitions one by one
+    int for_all = 0;      // steps that keep everybody busy; 0 to walk all partitions one by one
 
     int seq = 0, seq_len = 0;  // the sequence that holds the step last sought
     bool is_grouped = false;   // it is walked in groups: it ends before those

@@ -26,66 +26,61 @@ __device__ inline float shift_to_one(float magnitude) {
     return __uint_as_float(uint32(254 - exponent) << 23);
 }
 
-// The queries of a piece as operands B of [channels][heads], and what the logits of heads 8 * n + 2 * j
-// and the next are scaled by. Lanes 4 * g + j: see mma.cuh.
-template <class Query, class Operand, class KeyTile, int HEADS, int HEAD_SIZE, int COLUMNS, class Order>
-__device__ inline void read_queries(const Order& order, float logit_scale,
-                                    uint32 (&query)[COLUMNS][HEAD_SIZE / 16][2], float (&column_scale)[COLUMNS][2]) {
+// The queries of a piece as operands B of [channels][heads], and what the logits of heads 2 * j and the next
+// are scaled by. Lanes 4 * g + j: see mma.cuh.
+template <class Query, class Operand, class KeyTile, int HEADS, int HEAD_SIZE, class Order>
+__device__ inline void read_queries(const Order& order, float logit_scale, uint32 (&query)[HEAD_SIZE / 16][2],
+                                    float (&head_scale)[2]) {
     constexpr bool SHIFTED = !same_type<Query, Operand>;
     constexpr int STEPS = HEAD_SIZE / 16;
     const int lane = threadIdx.x % WARP, g = lane / 4, j = lane % 4;
 #pragma unroll
-    for (int n = 0; n < COLUMNS; n++) {
-        const int head = 8 * n + g;
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            // float8 keys come four adjacent channels to a lane, see TokenRows::keys.
+            const int channel = 16 * step + (KeyTile::OPERANDS == 1 ? 2 * j + 8 * half : 4 * j + 2 * half);
+            query[step][half] =
+                g < HEADS ? *reinterpret_cast<const uint32*>(&order.query[min(g, HEADS - 1)][channel]) : 0u;
+        }
+    float shift = 1.0f;
+    if constexpr (SHIFTED) {
+        float magnitude = 0.0f;
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                // float8 keys come four adjacent channels to a lane, see TokenRows::keys.
-                const int channel = 16 * step + (KeyTile::OPERANDS == 1 ? 2 * j + 8 * half : 4 * j + 2 * half);
-                query[n][step][half] =
-                    head < HEADS ? *reinterpret_cast<const uint32*>(&order.query[min(head, HEADS - 1)][channel]) : 0u;
-            }
-        float shift = 1.0f;
-        if constexpr (SHIFTED) {
-            float magnitude = 0.0f;
+            for (int half = 0; half < 2; half++)
+                magnitude = fmaxf(magnitude, fmaxf(fabsf(to_float(low_half<Query>(query[step][half]))),
+                                                   fabsf(to_float(high_half<Query>(query[step][half])))));
+        shift = shift_to_one(lanes_max<4>(magnitude));
 #pragma unroll
-            for (int step = 0; step < STEPS; step++)
+        for (int step = 0; step < STEPS; step++)
 #pragma unroll
-                for (int half = 0; half < 2; half++)
-                    magnitude = fmaxf(magnitude, fmaxf(fabsf(to_float(low_half<Query>(query[n][step][half]))),
-                                                       fabsf(to_float(high_half<Query>(query[n][step][half])))));
-            shift = shift_to_one(lanes_max<4>(magnitude));
-#pragma unroll
-            for (int step = 0; step < STEPS; step++)
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    query[n][step][half] = pack<Operand>(to_float(low_half<Query>(query[n][step][half])) * shift,
-                                                         to_float(high_half<Query>(query[n][step][half])) * shift);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            column_scale[n][i] =
-                SHIFTED ? logit_scale / __shfl_sync(ALL_LANES, shift, (2 * j + i) * 4) : logit_scale;
+            for (int half = 0; half < 2; half++)
+                query[step][half] = pack<Operand>(to_float(low_half<Query>(query[step][half])) * shift,
+                                                  to_float(high_half<Query>(query[step][half])) * shift);
     }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        head_scale[i] = SHIFTED ? logit_scale / __shfl_sync(ALL_LANES, shift, (2 * j + i) * 4) : logit_scale;
 }
 
 // Leaves the workers' states in shared memory, where whoever reads them joins them: those of all workers, or
 // where that takes too much memory, of pairs of them, (worker, worker + NUM_WORKERS / 2).
-template <class ValueTile, int NUM_WORKERS, int HEADS, int HEAD_SIZE, int COLUMNS, class Shared>
-__device__ inline void leave_states(Shared& shared, const float (&max)[COLUMNS][2], const float (&sum)[COLUMNS][2],
-                                    const float (&weighted)[COLUMNS][HEAD_SIZE / 16][4]) {
+template <class ValueTile, int NUM_WORKERS, int HEADS, int HEAD_SIZE, class Shared>
+__device__ inline void leave_states(Shared& shared, const float (&max)[2], const float (&sum)[2],
+                                    const float (&weighted)[HEAD_SIZE / 16][4]) {
     constexpr int NUM_THREADS = NUM_WORKERS * WARP, STEPS = HEAD_SIZE / 16;
     constexpr bool IN_PAIRS = Shared::STATES < NUM_WORKERS;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, j = lane % 4;
     const bool is_first = warp < Shared::STATES;
     auto& states = shared.states;
     // The worker's own state, scaled to `state_max`, or that and what is there already.
-    const auto leave = [&](int n, int i, float state_max, bool alone) {
-        const int state = warp % Shared::STATES, head = 8 * n + 2 * j + i;
+    const auto leave = [&](int i, float state_max, bool alone) {
+        const int state = warp % Shared::STATES, head = 2 * j + i;
         const bool there = head < HEADS;
-        const float rescale = IN_PAIRS ? exp_difference(max[n][i], state_max) : 1.0f;
-        float total = sum[n][i] * rescale;
+        const float rescale = IN_PAIRS ? exp_difference(max[i], state_max) : 1.0f;
+        float total = sum[i] * rescale;
 #pragma unroll
         for (int step = 4; step < WARP; step *= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
         if (!there) return;
@@ -98,7 +93,7 @@ __device__ inline void leave_states(Shared& shared, const float (&max)[COLUMNS][
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 float& left = states.weighted[state][head][ValueTile::channel(step, g + 8 * k)];
-                const float mine = weighted[n][step][i + 2 * k] * rescale;
+                const float mine = weighted[step][i + 2 * k] * rescale;
                 left = alone ? mine : left + mine;
             }
     };
@@ -106,30 +101,24 @@ __device__ inline void leave_states(Shared& shared, const float (&max)[COLUMNS][
     if constexpr (IN_PAIRS) {
         if (g == 0)
 #pragma unroll
-            for (int n = 0; n < COLUMNS; n++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    if (8 * n + 2 * j + i < HEADS) shared.max[warp][8 * n + 2 * j + i] = max[n][i];
+            for (int i = 0; i < 2; i++)
+                if (2 * j + i < HEADS) shared.max[warp][2 * j + i] = max[i];
         sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (is_first == (half == 0))
 #pragma unroll
-                for (int n = 0; n < COLUMNS; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int head = min(8 * n + 2 * j + i, HEADS - 1);
-                        const float other = shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head];
-                        leave(n, i, fmaxf(max[n][i], other), half == 0);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    const int head = min(2 * j + i, HEADS - 1);
+                    const float other = shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head];
+                    leave(i, fmaxf(max[i], other), half == 0);
+                }
             sync_warps<1, NUM_THREADS>();
         }
     } else {
         sync_warps<1, NUM_THREADS>();  // for those who still read what is written here next
 #pragma unroll
-        for (int n = 0; n < COLUMNS; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) leave(n, i, max[n][i], true);
+        for (int i = 0; i < 2; i++) leave(i, max[i], true);
         sync_warps<1, NUM_THREADS>();
     }
 }
@@ -142,9 +131,9 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
     // float8 widens to float16, exactly. A bfloat16 query then follows, shifted into float16's range.
     using Operand = typename OperandOf<Query, is_float8<Cache>>::type;
     constexpr int NUM_THREADS = NUM_WORKERS * WARP;
-    constexpr int COLUMNS = ceil_div(HEADS, 8);  // tiles of 8 query heads
     constexpr int STEPS = HEAD_SIZE / 16;
     constexpr int PAIRS = STEPS / KeyTile::OPERANDS;
+    static_assert(HEADS <= 8, "query heads are the columns of one operand");
     static_assert(HEAD_SIZE % (16 * KeyTile::OPERANDS) == 0, "operands must be whole");
     // Within a piece a slot is one worker's, who takes its tiles in order; the join keeps pieces apart. Else a
     // worker could meet a slot a whole round too early.
@@ -193,15 +182,12 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
         const int begin = order.piece.begin, end = order.piece.end, seq_len = order.piece.seq_len;
         const int first_head = order.piece.head, num_heads = order.piece.num_heads;
 
-        uint32 query[COLUMNS][STEPS][2];
-        float column_scale[COLUMNS][2];  // of the logits of heads 8 * n + 2 * j and the next
-        read_queries<Query, Operand, KeyTile, HEADS, HEAD_SIZE>(order, logit_scale, query, column_scale);
+        uint32 query[STEPS][2];
+        float head_scale[2];  // of the logits of heads 2 * j and the next, as all that follows
+        read_queries<Query, Operand, KeyTile, HEADS, HEAD_SIZE>(order, logit_scale, query, head_scale);
 
-        float max[COLUMNS][2], sum[COLUMNS][2];  // of heads 8 * n + 2 * j and the next
-        float weighted[COLUMNS][STEPS][4] = {};
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n++)
-            for (int i = 0; i < 2; i++) max[n][i] = LOWEST, sum[n][i] = 0.0f;
+        float max[2] = {LOWEST, LOWEST}, sum[2] = {};
+        float weighted[STEPS][4] = {};
 
         uint32 tile = order.first_tile + warp;
         for (int first = begin + warp * TILE_TOKENS; first < end;
@@ -217,7 +203,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
                 }
 
             // ---- score ----
-            float score[COLUMNS][4] = {};
+            float score[4] = {};
             const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
@@ -225,50 +211,41 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
                 tiles.keys.keys(pair, my_row, keys);
 #pragma unroll
                 for (int i = 0; i < KeyTile::OPERANDS; i++)
-#pragma unroll
-                    for (int n = 0; n < COLUMNS; n++)
-                        mma<Operand>(score[n], keys[i], query[n][pair * KeyTile::OPERANDS + i]);
+                    mma<Operand>(score, keys[i], query[pair * KeyTile::OPERANDS + i]);
             }
 
             // ---- mask, and fold into the softmax state ----
-            uint32 weights[COLUMNS][2];
-            float rescale[COLUMNS][2];
+            float weight[4], rescale[2];
             bool moved = false;
 #pragma unroll
-            for (int n = 0; n < COLUMNS; n++) {
-                float weight[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int token = first + ValueTile::token_of_row(g + i / 2 * 8);
-                    const int head = first_head + min(8 * n + 2 * j + i % 2, num_heads - 1);
-                    const float logit = Bias::add(p, score[n][i] * column_scale[n][i % 2], head, token, seq_len);
-                    score[n][i] = token < end ? logit : LOWEST;
-                }
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float highest = fmaxf(score[n][i], score[n][i + 2]);
-#pragma unroll
-                    for (int step = 4; step < WARP; step *= 2)
-                        highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, step));
-                    const float new_max = fmaxf(max[n][i], highest);
-                    moved |= new_max != max[n][i];
-                    rescale[n][i] = exp_difference(max[n][i], new_max);
-                    max[n][i] = new_max;
-                    weight[i] = exp_difference(score[n][i], new_max);
-                    weight[i + 2] = exp_difference(score[n][i + 2], new_max);
-                    sum[n][i] = sum[n][i] * rescale[n][i] + (weight[i] + weight[i + 2]);
-                }
-                weights[n][0] = transpose_matrix(pack<Operand>(weight[0], weight[1]));
-                weights[n][1] = transpose_matrix(pack<Operand>(weight[2], weight[3]));
+            for (int i = 0; i < 4; i++) {
+                const int token = first + ValueTile::token_of_row(g + i / 2 * 8);
+                const int head = first_head + min(2 * j + i % 2, num_heads - 1);
+                const float logit = Bias::add(p, score[i] * head_scale[i % 2], head, token, seq_len);
+                score[i] = token < end ? logit : LOWEST;
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float highest = fmaxf(score[i], score[i + 2]);
+#pragma unroll
+                for (int step = 4; step < WARP; step *= 2)
+                    highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, step));
+                const float new_max = fmaxf(max[i], highest);
+                moved |= new_max != max[i];
+                rescale[i] = exp_difference(max[i], new_max);
+                max[i] = new_max;
+                weight[i] = exp_difference(score[i], new_max);
+                weight[i + 2] = exp_difference(score[i + 2], new_max);
+                sum[i] = sum[i] * rescale[i] + (weight[i] + weight[i + 2]);
+            }
+            const uint32 weights[2] = {transpose_matrix(pack<Operand>(weight[0], weight[1])),
+                                       transpose_matrix(pack<Operand>(weight[2], weight[3]))};
             // Most tiles leave every maximum where it is.
             if (__any_sync(ALL_LANES, moved))
 #pragma unroll
-                for (int n = 0; n < COLUMNS; n++)
+                for (int step = 0; step < STEPS; step++)
 #pragma unroll
-                    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) weighted[n][step][i] *= rescale[n][i % 2];
+                    for (int i = 0; i < 4; i++) weighted[step][i] *= rescale[i % 2];
 
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
@@ -276,9 +253,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
                 tiles.values.values(pair, values);
 #pragma unroll
                 for (int i = 0; i < KeyTile::OPERANDS; i++)
-#pragma unroll
-                    for (int n = 0; n < COLUMNS; n++)
-                        mma<Operand>(weighted[n][pair * KeyTile::OPERANDS + i], values[i], weights[n]);
+                    mma<Operand>(weighted[pair * KeyTile::OPERANDS + i], values[i], weights);
             }
             __syncwarp();
             if (lane == 0) shared.empty[slot].arrive();
