@@ -311,13 +311,14 @@ def _addresses(a: Array, blocks: np.ndarray) -> np.ndarray:
 
 def _pairs(mapping: np.ndarray, num_sources: int, num_destinations: int) -> np.ndarray:
     """The pairs that copy something, sorted and each once. Raises IndexError past the ends."""
-    pairs = mapping[(mapping >= 0).all(axis=1)]
+    pairs = mapping[(mapping[:, 0] >= 0) & (mapping[:, 1] >= 0)]
     ends = ("source", num_sources), ("destination", num_destinations)
     for column, (what, end) in enumerate(ends):
         if len(pairs) and (last := pairs[:, column].max()) >= end:
             raise IndexError(f"block_mapping: {what} block {last}, needs less than {end}")
     # As one number each, they are sorted ten times as fast.
-    numbers = np.unique(pairs[:, 0] * num_destinations + pairs[:, 1])
+    numbers = np.sort(pairs[:, 0] * num_destinations + pairs[:, 1])
+    numbers = numbers[np.diff(numbers, prepend=-1) != 0]
     return np.stack(np.divmod(numbers, max(num_destinations, 1)), axis=1)
 
 
@@ -329,12 +330,13 @@ def _check_independent(
     sources, destinations    int64 [num_pairs], where the blocks begin
     extent                   how far they reach
     """
-    order = np.argsort(destinations, kind="stable")
-    begins = destinations[order]
-    twice = np.flatnonzero(np.diff(begins) < extent)
-    if len(twice):
-        block = pairs[order[twice[0]], 1]
+    begins = np.sort(destinations)
+    near = np.flatnonzero(np.diff(begins) < extent)
+    if len(near):
+        block = pairs[destinations == begins[near[0] + 1], 1][-1]
         raise ValueError(f"block_mapping: block {block} is the destination of two pairs, needs one")
+    if not len(pairs) or sources.min() > begins[-1] + extent or sources.max() + extent < begins[0]:
+        return
     nearest = np.searchsorted(begins, sources - extent, side="right")
     hit = nearest < len(begins)
     hit[hit] = begins[nearest[hit]] < sources[hit] + extent

@@ -59,7 +59,9 @@ def runs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     pairs    int64 [num_pairs, 2], sorted
     """
-    starts = np.flatnonzero(np.concatenate([[True], (np.diff(pairs, axis=0) != 1).any(axis=1)]))
+    sources, destinations = pairs.T
+    breaks = (np.diff(sources) != 1) | (np.diff(destinations) != 1)
+    starts = np.flatnonzero(np.concatenate([[True], breaks]))
     return starts, np.diff(np.append(starts, len(pairs)))
 
 
@@ -100,8 +102,6 @@ def copy_runs(
     if addresses is None or not is_short.any():
         return
     short = pairs[np.repeat(is_short, lengths)].astype(_BLOCK_ID)
-    if destination.device is HOST:  # whose pages are found sooner in order than here and there
-        short = short[np.argsort(short[:, 1])]
     units_of_block = -(-block_bytes // (UNIT * width))
     through_host = HOST in (source.device, destination.device)
     for start in range(0, len(short), MAX_PAIRS):
