@@ -13,8 +13,8 @@ import pytest
 
 import cupy_paged
 from docs import pages
-from support import device, fake_vllm
-from support.frameworks import REQUIRED
+from support import fake_vllm
+from support.examples import imported, run
 from support.receipt import ROOT
 
 TEXTS = {name: pages.text_of(name) for name in pages.PAGES}
@@ -30,35 +30,14 @@ BUILDS_THE_SITE = pytest.mark.skipif(
 )
 
 
-def imported(code: str) -> set[str]:
-    """The packages that an example imports."""
-    return set(re.findall(r"^(?:import|from) (\w+)", code, re.M))
-
-
 # ---- examples ----
-
-
-def runnable(code: str) -> str:
-    """The example as it runs here. Without a GPU, NumPy takes the place of CuPy.
-
-    Skips one whose framework is not installed, or that needs a GPU's streams where there are none.
-    """
-    for framework in sorted(imported(code) & {"torch", "jax"}):
-        if framework not in REQUIRED and importlib.util.find_spec(framework) is None:
-            pytest.skip(f"{framework} is not installed")
-    if (reason := device.missing()) and re.search(r"cp\.cuda\.|torch\.cuda\.(?!is_avail)", code):
-        pytest.skip(f"needs streams of a GPU: {reason}")
-    if reason:
-        return code.replace("import cupy as cp\n", "import numpy as cp\n")
-    return code
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, monkeypatch):
-    code = runnable(EXAMPLES[name])
-    if "vllm" in imported(code):
+    if "vllm" in imported(EXAMPLES[name]):
         fake_vllm.put_in_place(monkeypatch, fake_vllm.module())
-    exec(compile(code, name, "exec"), {"__name__": "example"})
+    run(name, EXAMPLES[name], monkeypatch)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,42 +1,27 @@
 """The README's examples run, and its commands are those that CI calls."""
 
-import importlib.util
 import re
 
 import pytest
 
 from docs import pages
-from support import device
-from support.frameworks import REQUIRED
+from support.examples import run
 from support.receipt import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
-def examples() -> dict[str, str]:
-    """Name -> example. Without a GPU, CuPy's run on NumPy, whose names it shares, streams apart."""
-    found = {}
-    for number, code in enumerate(pages.examples(README)):
-        framework = re.match(r"import (\w+)", code)[1]
-        if "cp.cuda." in code and device.missing():
-            continue
-        if framework == "cupy":
-            stand_in = "numpy" if device.missing() else "cupy"
-            found[f"{number}-cupy"] = code.replace(
-                "import cupy as cp\n", f"import {stand_in} as cp\n"
-            )
-        elif framework in REQUIRED or importlib.util.find_spec(framework):
-            found[f"{number}-{framework}"] = code
-    return found
+EXAMPLES = {
+    f"{number}-{re.match('import ([a-z]+)', code)[1]}": code
+    for number, code in enumerate(pages.examples(README))
+}
 
 
-@pytest.mark.parametrize("name", examples())
-def test_example_runs(name):
-    namespace: dict[str, object] = {}
-    code = examples()[name]
-    exec(code, namespace)
-    if "interop.vllm" not in code:  # which installs ops, and calls none
-        assert namespace["out"].shape == (2, 32, 128)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name, monkeypatch):
+    defined = run(name, EXAMPLES[name], monkeypatch)
+    if "interop.vllm" not in EXAMPLES[name]:  # which installs ops, and calls none
+        assert defined["out"].shape == (2, 32, 128)
 
 
 def test_ci_calls_the_commands_of_the_readme():
