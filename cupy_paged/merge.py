@@ -19,8 +19,6 @@ from cupy_paged.results import empty, hand_over
 from cupy_paged.streams import launch_stream
 
 NUM_THREADS = 128
-ROWS_AT_ONCE = 2  # that a thread has in flight
-TILE_BITS = 3  # tokens of a tile, as a power of two: the lse of so many lie in one sector of memory
 FP8_OUTPUT = "float8_e4m3fn"
 
 _MAX_GRID = 2**31 - 1
@@ -37,7 +35,7 @@ PARAMS = ParamStruct(
     int64    suffix_lse_stride_head suffix_lse_stride_token
     int64    output_lse_stride_head output_lse_stride_token
     int64    num_tokens num_merged_tokens
-    int      num_heads tile_bits
+    int      num_heads
     float    output_scale
     """,
 )
@@ -225,9 +223,8 @@ def _merge_on_gpu(
         output_width * itemsize(prefix.dtype),
     )
     width = math.gcd(alignment // itemsize(prefix.dtype), head_size)
-    rows_per_block = max(NUM_THREADS // (head_size // width), 1) * ROWS_AT_ONCE
-    tile_bits = TILE_BITS if num_tokens >= 1 << TILE_BITS else 0
-    num_rows = (-(-num_tokens >> tile_bits) << tile_bits) * num_heads
+    rows_per_block = max(NUM_THREADS // (head_size // width), 1)
+    num_rows = num_tokens * num_heads
     work = min(-(-num_rows // rows_per_block), _MAX_GRID)
     row = "uint32" if num_rows < 2**31 else "int64"
     kernel = merge_kernel(prefix.dtype, output.dtype, head_size, width, row)
@@ -248,7 +245,6 @@ def _merge_on_gpu(
             "num_tokens": num_tokens,
             "num_merged_tokens": merged_tokens,
             "num_heads": num_heads,
-            "tile_bits": tile_bits,
         }
     )
     prepared = PreparedCall(
