@@ -4,6 +4,7 @@ from cupy_paged.attention import paged_attention, paged_attention_v1, paged_atte
 from cupy_paged.block_allocator import BlockAllocator, NeverFits, OutOfBlocks
 from cupy_paged.block_ops import copy_blocks, swap_blocks
 from cupy_paged.cache_ops import convert_fp8, reshape_and_cache, reshape_and_cache_flash
+from cupy_paged.checked_mode import checked
 from cupy_paged.kv_cache import PagedKVCache
 from cupy_paged.layout_ops import convert_layout, gather_cache
 from cupy_paged.merge import merge_attn_states
@@ -16,6 +17,7 @@ __all__ = [
     "NeverFits",
     "OutOfBlocks",
     "PagedKVCache",
+    "checked",
     "concat_and_cache_mla",
     "convert_fp8",
     "convert_layout",

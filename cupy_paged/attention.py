@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupy_paged import checked_mode
 from cupy_paged.arrays import HOST, Array
 from cupy_paged.attention_checks import (
     Call,
@@ -261,6 +262,12 @@ def _attend(
     """Runs a checked call; returns what calls like it can use, if anything."""
     if call.query.shape[0] == 0:
         return None
+    if checked_mode.is_on():
+        cache = call.geometry
+        checked_mode.check_sequences(
+            call.seq_lens, call.block_tables, call.capacity, cache.block_size, cache.num_blocks,
+            call.stream,
+        )  # fmt: skip
     if call.query.device is HOST:
         attend_on_host(call, out, lse, scratch, partition_size)
         return None

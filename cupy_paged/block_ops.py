@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_paged import checks, gpu, in_flight
+from cupy_paged import checked_mode, checks, gpu, in_flight
 from cupy_paged.arrays import HOST, Array, array, is_array, location
 from cupy_paged.block_runs import UNIT, access_width, copy_runs
 from cupy_paged.compiler import Kernel, template
@@ -123,9 +123,12 @@ def copy_blocks(
     mapping = _mapping(block_mapping, on)
     if mapping.device is not HOST:
         checks.same_place([mapping], first)
-        pairs = None
-    else:
-        pairs = _pairs(mapping.bits, first.shape[0], first.shape[0])
+    known = mapping.bits
+    if known is None and checked_mode.is_on():
+        known = checked_mode.values(mapping, on)
+    pairs = None
+    if known is not None:
+        pairs = _pairs(known, first.shape[0], first.shape[0])
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         _check_independent(pairs, pairs[:, 0], pairs[:, 1], 1)
     caches = list({_pool(a): a for a in caches}.values())

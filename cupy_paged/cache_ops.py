@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_paged import checks, reference
+from cupy_paged import checked_mode, checks, reference
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import (
@@ -204,6 +204,8 @@ def _reshape_and_cache(
         )
     if slots.shape[0] == 0:
         return
+    if checked_mode.is_on():
+        checked_mode.check_slots(slots, cache.num_blocks * cache.block_size, on)
     if key.device is not HOST:
         prepared = _write_on_gpu(key, value, *caches, slots, cache, cache_dtype, *scales, on)
         keep(arrays[0], settings, arrays, prepared)

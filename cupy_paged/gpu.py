@@ -141,6 +141,12 @@ def record(device: int, stream: int) -> Any:
     return event
 
 
+def synchronize(device: int, stream: int) -> None:
+    """Waits for the work that a stream has been given so far."""
+    with on(device):
+        cupy().cuda.runtime.streamSynchronize(stream)
+
+
 def wait(device: int, stream: int, other: int) -> None:
     """Lets later work of `stream` wait for the work that `other` has been given so far."""
     event = record(device, other)  # must outlive the next call

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from cupy_paged import checks, reference
+from cupy_paged import checked_mode, checks, reference
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, FP8, itemsize, kv_cache_dtype_name
@@ -202,6 +202,8 @@ def gather_cache(
     checks.are_apart(rows, given[2:])
     if rows[0].shape[0] == 0 or num_seqs == 0:
         return
+    if checked_mode.is_on():
+        checked_mode.check_gathered(ends, starts, tables, cache.block_size, cache.num_blocks, on)
     if rows[0].device is HOST:
         reference.gather_cache(
             *(a.bits for a in (*rows, *caches, tables, ends)),

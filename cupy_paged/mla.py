@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from cupy_paged import checks, reference
+from cupy_paged import checked_mode, checks, reference
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, itemsize, kv_cache_dtype_name
@@ -115,6 +115,8 @@ def concat_and_cache_mla(
     checks.are_apart([cache], [a for a in given if a is not cache])
     if slots.shape[0] == 0 or width == 0:
         return
+    if checked_mode.is_on():
+        checked_mode.check_slots(slots, num_blocks * block_size, on)
     if latent.device is HOST:
         reference.concat_and_cache_mla(
             latent.bits,
