@@ -1,12 +1,12 @@
-"""`python -m benchmarks`: run, compare, render."""
+"""`python -m benchmarks`: run, compare, render, accuracy."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks import compare, render, run
+from benchmarks import accuracy, compare, render, run
 
-COMMANDS = (run, compare, render)
+COMMANDS = (run, compare, render, accuracy)
 
 
 def build_parser() -> argparse.ArgumentParser:
