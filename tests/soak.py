@@ -1,0 +1,234 @@
+"""Decode steps without end, through `PagedKVCache`: `python tests/soak.py --steps 1000000`.
+
+Requests arrive, share prefixes, fork, are cut back, moved to the host, and end, as blocks allow. A
+token's key and value follow from its id, so that a sequence can be computed anew at any time: now
+and then a row is compared with the same sequence alone in a cache of its own, bit by bit, and with
+float64. Dead blocks hold NaN. The memory of the process and of the pools must stay what it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cupy_paged
+from cupy_paged import OutOfBlocks
+from cupy_paged.layouts import LAYOUTS
+
+BLOCK_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 2, 4, 64
+NUM_BLOCKS, NUM_HOST_BLOCKS, MOST_ROWS, LONGEST = 160, 48, 24, 400
+VOCABULARY, NUM_PREFIXES, PREFIX = 512, 4, 50
+CHECK_EVERY = 97  # steps
+TOLERANCE = 1e-3
+WARM_UP = 0.2  # of the steps, after which memory is to stay
+SLACK = 16 << 20  # bytes by which a process may grow nevertheless: the allocator's own business
+
+
+class Worker:
+    def __init__(self, seed: int, on_gpu: bool) -> None:
+        if on_gpu:
+            import cupy
+
+            self.xp = cupy
+        else:
+            self.xp = np
+        self.on_gpu = on_gpu
+        self.rng = np.random.default_rng(seed)
+        shapes = (KV_HEADS, HEAD_SIZE), (KV_HEADS, HEAD_SIZE), (KV_HEADS * GROUP, HEAD_SIZE)
+        tables = [
+            self.rng.standard_normal((VOCABULARY, *shape)).astype(np.float16) for shape in shapes
+        ]
+        self.host_keys, self.host_values, self.host_queries = tables
+        self.keys, self.values, self.queries = map(self.xp.asarray, tables)
+        self.prefixes = self.rng.integers(0, VOCABULARY, (NUM_PREFIXES, PREFIX)).tolist()
+        self.layout = LAYOUTS[seed % len(LAYOUTS)]
+        self.cache = self.new_cache(NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS, poison=True)
+        self.alone = self.new_cache(-(-LONGEST // BLOCK_SIZE) + 1, prefix_caching=False)
+        self.live: list[Any] = []
+        self.counts = dict.fromkeys(
+            ("added", "forked", "cut", "moved", "ended", "refused", "compared"), 0
+        )
+
+    def new_cache(self, num_blocks: int, **options: Any) -> cupy_paged.PagedKVCache:
+        return cupy_paged.PagedKVCache(
+            1, num_blocks, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, block_size=BLOCK_SIZE,
+            layout=self.layout, like=self.keys, **options,
+        )  # fmt: skip
+
+    # ---- what happens between steps ----
+
+    def tokens(self, count: int) -> list[int]:
+        return self.rng.integers(0, VOCABULARY, count).tolist()
+
+    def pick(self) -> Any:
+        return self.live[self.rng.integers(len(self.live))]
+
+    def end(self, sequence: Any) -> None:
+        self.cache.free(sequence)
+        self.live.remove(sequence)
+        self.counts["ended"] += 1
+
+    def change(self) -> None:
+        """One event at most: an arrival, a fork, a cut, a move to the host or back, an end."""
+        event = self.rng.random()
+        if not self.live or (event < 0.12 and len(self.live) < MOST_ROWS):
+            prompt = self.tokens(int(self.rng.integers(1, 120)))
+            if self.rng.random() < 0.6:
+                prompt = self.prefixes[self.rng.integers(NUM_PREFIXES)] + prompt
+            self.live.append(self.cache.add(prompt))
+            self.counts["added"] += 1
+        elif event < 0.16 and len(self.live) < MOST_ROWS:
+            sequence = self.pick()
+            if not sequence.is_offloaded:
+                self.live.append(self.cache.fork(sequence))
+                self.counts["forked"] += 1
+        elif event < 0.19:
+            sequence = self.pick()
+            self.cache.truncate(sequence, int(self.rng.integers(1, len(sequence) + 1)))
+            self.counts["cut"] += 1
+        elif event < 0.24:
+            sequence = self.pick()
+            move = self.cache.restore if sequence.is_offloaded else self.cache.offload
+            move(sequence)
+            self.counts["moved"] += 1
+        elif event < 0.30:
+            self.end(self.pick())
+
+    def grow(self) -> list[Any]:
+        """Gives each running sequence its next token, and ends those that have no room."""
+        running = []
+        for sequence in list(self.live):
+            if sequence.is_offloaded:
+                continue
+            if len(sequence) >= LONGEST:
+                self.end(sequence)
+                continue
+            try:
+                self.cache.append(sequence, self.tokens(1))
+            except OutOfBlocks:
+                self.counts["refused"] += 1
+                self.end(sequence)
+                continue
+            running.append(sequence)
+        return running
+
+    # ---- steps ----
+
+    def attend(self, cache: cupy_paged.PagedKVCache, sequences: list[Any]) -> Any:
+        batch = cache.batch(sequences)
+        ids = batch.token_ids
+        cache.write(0, self.keys[ids], self.values[ids], batch)
+        last = self.xp.asarray([sequence.tokens[-1] for sequence in sequences])
+        return cache.attend(0, self.queries[last], batch)
+
+    def step(self) -> tuple[list[Any], Any]:
+        """The sequences of a decode step, at least one, and what it gives."""
+        while True:
+            try:
+                self.change()
+            except OutOfBlocks:
+                self.counts["refused"] += 1
+                if self.live:
+                    self.end(self.pick())
+            running = self.grow()
+            if running:
+                return running, self.attend(self.cache, running)
+
+    def compare(self, running: list[Any], out: Any) -> None:
+        """A row against the same sequence alone, and against float64."""
+        row = int(self.rng.integers(len(running)))
+        tokens = running[row].tokens
+        got = self.on_host(out[row])
+        twin = self.alone.add(tokens)
+        again = self.on_host(self.attend(self.alone, [twin])[0])
+        self.alone.free(twin)
+        if got.tobytes() != again.tobytes():
+            raise AssertionError(f"a sequence of {len(tokens)} tokens has other bits alone")
+        keys, values = (
+            table[tokens].astype(np.float64).repeat(GROUP, axis=1)
+            for table in (self.host_keys, self.host_values)
+        )
+        query = self.host_queries[tokens[-1]].astype(np.float64)
+        scores = np.einsum("hd,thd->ht", query, keys) * HEAD_SIZE**-0.5
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        want = np.einsum("ht,thd->hd", weights / weights.sum(axis=1, keepdims=True), values)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        if not error < TOLERANCE:
+            raise AssertionError(f"a sequence of {len(tokens)} tokens is off by {error:.1e}")
+        self.counts["compared"] += 1
+
+    def on_host(self, x: Any) -> np.ndarray:
+        return x.get() if self.on_gpu else x
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of this process, and of CuPy's pool."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pool = self.xp.get_default_memory_pool().total_bytes() if self.on_gpu else 0
+        return pages * os.sysconf("SC_PAGE_SIZE"), pool
+
+
+def soak(seed: int, steps: int, on_gpu: bool) -> dict[str, Any]:
+    """Runs one worker; raises AssertionError for the first thing that is wrong."""
+    worker = Worker(seed, on_gpu)
+    warm = None
+    for number in range(1, steps + 1):
+        running, out = worker.step()
+        if number % CHECK_EVERY == 0:
+            worker.compare(running, out)
+        if number == max(int(WARM_UP * steps), 1):
+            warm = worker.memory()
+    now = worker.memory()
+    assert warm is not None
+    growth = [after - before for before, after in zip(warm, now, strict=True)]
+    if growth[0] > SLACK or growth[1] > 0:
+        raise AssertionError(f"grew by {growth[0]} bytes, and CuPy's pool by {growth[1]}")
+    for sequence in list(worker.live):
+        worker.end(sequence)
+    if worker.cache.num_used:
+        raise AssertionError(f"{worker.cache.num_used} blocks are used by nobody")
+    return worker.counts | {"steps": steps, "grown_bytes": growth[0]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="of all workers together")
+    parser.add_argument("--workers", type=int, default=8, help="processes")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the first worker")
+    arguments = parser.parse_args(argv)
+    start = time.perf_counter()
+    seeds = range(arguments.seed, arguments.seed + arguments.workers)
+    each = -(-arguments.steps // arguments.workers)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.workers, context) as pool:
+        futures = {pool.submit(soak, seed, each, arguments.device == "gpu"): seed for seed in seeds}
+        totals: dict[str, int] = {}
+        failures = []
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                counts = future.result()
+            except AssertionError as error:
+                failures.append(f"--seed {futures[future]} --workers 1: {error}")
+                print(failures[-1], flush=True)
+                continue
+            print(f"seed {futures[future]}: {counts}", flush=True)
+            for name, count in counts.items():
+                totals[name] = totals.get(name, 0) + count
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"soak": totals, "failures": failures, "seconds": seconds}))
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A short soak on the CPU, and that it notices what it looks for."""
+
+import pytest
+
+import soak
+
+
+def test_a_short_soak(capsys):
+    assert soak.main(["--steps", "400", "--workers", "1", "--device", "cpu"]) == 0
+    assert '"failures": []' in capsys.readouterr().out
+
+
+def test_every_event_comes_up():
+    counts = soak.soak(seed=1, steps=400, on_gpu=False)
+    assert all(counts[name] for name in ("added", "forked", "cut", "moved", "ended", "compared"))
+
+
+@pytest.mark.parametrize("fault", ["a key in the wrong slot", "a step that is lost"])
+def test_a_fault_is_found(fault, monkeypatch):
+    right = soak.cupy_paged.PagedKVCache.write
+
+    def wrong(self, layer, key, value, batch):
+        if fault == "a key in the wrong slot":
+            key = key[::-1]
+        else:
+            key, value = key * 0, value * 0
+        right(self, layer, key, value, batch)
+
+    worker = soak.Worker(seed=2, on_gpu=False)
+    for _ in range(30):
+        running, _ = worker.step()
+    monkeypatch.setattr(soak.cupy_paged.PagedKVCache, "write", wrong)
+    for _ in range(5):
+        running, out = worker.step()
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="other bits|is off"):
+        for _ in range(20):
+            worker.compare(running, out)
