@@ -23,6 +23,9 @@ EXAMPLES = {
     for name, text in TEXTS.items()
     for number, code in enumerate(pages.examples(text), 1)
 }
+# What an example imports, and the framework that has it.
+FRAMEWORKS = {"torch": "torch", "jax": "jax", "numba": "numba", "cuda": "cuda.core"}
+NEEDS_A_GPU = r"cp\.cuda\.|torch\.cuda\.(?!is_avail)|import numba|from cuda"
 BUILD = "python -m docs"
 BUILDS_THE_SITE = pytest.mark.skipif(
     importlib.util.find_spec("pdoc") is None,
@@ -43,11 +46,11 @@ def runnable(code: str) -> str:
 
     Skips one whose framework is not installed, or that needs a GPU's streams where there are none.
     """
-    for framework in sorted(imported(code) & {"torch", "jax"}):
-        if framework not in REQUIRED and importlib.util.find_spec(framework) is None:
+    for name, framework in FRAMEWORKS.items():
+        if name in imported(code) and framework not in REQUIRED and not is_module(framework):
             pytest.skip(f"{framework} is not installed")
-    if (reason := device.missing()) and re.search(r"cp\.cuda\.|torch\.cuda\.(?!is_avail)", code):
-        pytest.skip(f"needs streams of a GPU: {reason}")
+    if (reason := device.missing()) and re.search(NEEDS_A_GPU, code):
+        pytest.skip(f"needs a GPU, or its streams: {reason}")
     if reason:
         return code.replace("import cupy as cp\n", "import numpy as cp\n")
     return code

@@ -177,7 +177,7 @@ def test_memory_may_be_reused_right_after_the_call(owner, leader):
         cupy.cuda.Device().synchronize()
         check_numbers(found())
     assert late >= ROUNDS // 10, f"only {late} of {ROUNDS} ops were late: nothing is shown"
-    assert len(places) < ROUNDS // 2, "hardly any memory was used twice: nothing is shown"
+    assert len(places) < ROUNDS, "no memory was used twice: nothing is shown"
 
 
 @pytest.mark.parametrize("arrays", [a for a in ADAPTERS if a.name == "jax"], **by_name)
