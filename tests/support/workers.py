@@ -139,12 +139,10 @@ class JaxWorker:
         return not array.is_ready()
 
     def reader(self, shape, rounds):
-        # jax.jit returns what it does not change without reading it.
-        negatives, kept = [], []
+        negatives = []  # jax.jit would return what it does not change without reading it
 
         def read(i, array):
             negatives.append(self.negative(array))
-            kept.append(array)
 
         return read, lambda: -np.stack([self.arrays.numpy(x) for x in negatives])
 
