@@ -357,6 +357,8 @@ def _host_bits(
 
 def _from_cuda_array_interface(x: Any, name: str, stream: int | None) -> Array:
     interface = x.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise TypeError(f"{name}: has a mask, needs an array of which every element counts")
     dtype = np.dtype(interface["typestr"])
     _checked_dtype(_numpy_dtype_name(dtype), name)
     shape = tuple(interface["shape"])

@@ -65,6 +65,19 @@ def cache_shapes(
     return key, value
 
 
+def _apart(leader: Array, part: Any) -> Any:
+    """A part of the memory, as an array with no other beside it as far as torch knows.
+
+    What shares torch's storage with something else that is written, torch.compile copies.
+    """
+    if leader.framework != "torch":
+        return part
+    import torch
+
+    with torch.cuda.device_of(part):  # torch exports from the current device alone
+        return torch.from_dlpack(part)
+
+
 class CacheMemory:
     """The arrays of a cache, beside `leader`.
 
@@ -84,7 +97,8 @@ class CacheMemory:
         self._leader, self._dtype = leader, dtype
         self.whole = empty(leader, "cache", size, storage_dtype(dtype), stream)
         caches = [
-            self.whole.owner[i].reshape(shapes[i // num_layers]) for i in range(2 * num_layers)
+            _apart(leader, self.whole.owner[i].reshape(-1)).reshape(shapes[i // num_layers])
+            for i in range(2 * num_layers)
         ]
         self.key_caches, self.value_caches = caches[:num_layers], caches[num_layers:]
 

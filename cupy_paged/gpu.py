@@ -78,7 +78,9 @@ def device_limits(device: int, sm: int | None = None) -> DeviceLimits:
 
 
 def device_of_pointer(pointer: int) -> int:
-    """The CUDA device that holds an address."""
+    """The CUDA device that holds an address; the current one for 0, where an empty array is."""
+    if not pointer:
+        return cupy().cuda.runtime.getDevice()
     return cupy().cuda.runtime.pointerGetAttributes(pointer).device
 
 

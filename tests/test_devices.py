@@ -83,6 +83,9 @@ def test_a_capture_is_asked_for_on_the_device_of_the_stream(fake, captured):
 
 
 class OnlyCudaArrayInterface:
+    def __init__(self, **changes):
+        self.changes = changes
+
     @property
     def __cuda_array_interface__(self):
         return {
@@ -91,6 +94,7 @@ class OnlyCudaArrayInterface:
             "data": (0x1000, False),
             "version": 3,
             "stream": OTHER_STREAM,
+            **self.changes,
         }
 
 
@@ -103,6 +107,48 @@ def test_a_cuda_array_interface_is_awaited_on_its_device(fake):
     fake.capturing.add(CUPY_STREAM)
     array(x, "x", CUPY_STREAM)
     assert fake.take() == []
+
+
+def test_a_cuda_array_interface_without_a_stream_is_not_awaited(fake):
+    fake.device_of_pointer[0x1000] = DEVICE
+    array(OnlyCudaArrayInterface(stream=None), "x", CUPY_STREAM)
+    array(OnlyCudaArrayInterface(), "x", None)
+    assert fake.take() == []
+
+
+@pytest.mark.parametrize(
+    ("strides", "counted"), [(None, (6, 2, 1)), ((12, 4, 2), (6, 2, 1)), ((2, 40, 8), (1, 20, 4))]
+)
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_a_cuda_array_interface_says(fake, strides, counted, read_only):
+    fake.device_of_pointer[0x1000] = DEVICE
+    x = OnlyCudaArrayInterface(shape=(5, 3, 2), strides=strides, data=(0x1000, read_only))
+    found = array(x, "x", CUPY_STREAM)
+    assert (found.dtype, found.shape, found.strides) == ("float16", (5, 3, 2), counted)
+    assert (found.pointer, found.device, found.writable) == (0x1000, DEVICE, not read_only)
+
+
+def test_an_empty_cuda_array_interface_is_on_the_current_device(fake):
+    empty = OnlyCudaArrayInterface(shape=(0, 4), data=(0, False))
+    with fake.cuda.Device(DEVICE):
+        found = array(empty, "x", CUPY_STREAM)
+    assert (found.pointer, found.device, found.is_packed()) == (0, DEVICE, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mask": object()}, TypeError, "x: has a mask"),
+        ({"typestr": "<f8"}, TypeError, "x: dtype float64 is not supported"),
+        ({"typestr": ">f2"}, TypeError, "x: dtype .* is not supported"),
+        ({"strides": (3,)}, ValueError, "x: strides .* no multiples of the 2-byte element"),
+        ({"data": (0x1001, False)}, ValueError, "x: address 0x1001 is no multiple"),
+    ],
+)
+def test_a_cuda_array_interface_that_no_op_can_take(fake, changes, error, message):
+    fake.device_of_pointer.update({0x1000: DEVICE, 0x1001: DEVICE})
+    with pytest.raises(error, match=f"^{message}"):
+        array(OnlyCudaArrayInterface(**changes), "x", CUPY_STREAM)
 
 
 class OnlyDLPack:

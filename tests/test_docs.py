@@ -14,7 +14,7 @@ import pytest
 import cupy_paged
 from docs import pages
 from support import fake_vllm
-from support.examples import imported, run
+from support.examples import imported, is_module, run
 from support.receipt import ROOT
 
 TEXTS = {name: pages.text_of(name) for name in pages.PAGES}
@@ -87,13 +87,6 @@ def test_names_in_the_pages_exist():
             for part in filter(None, attribute.split(".")):
                 found = getattr(found, part)  # an AttributeError names it
             assert module.startswith("cupy_paged"), f"{name}: {dotted}"
-
-
-def is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 # ---- the site ----

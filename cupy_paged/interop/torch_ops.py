@@ -29,10 +29,12 @@ While torch traces, an op only says what it returns. A wrong argument raises wha
 raises, when the compiled code runs; one of a type that the op does not take is a RuntimeError.
 
 Inductor, the default backend of torch.compile, writes in place where no two arguments of a graph
-share memory: each cache has its own, or a layer's keys and values are in one tensor, whose views
-are taken inside. Slices of a larger pool give the same results, as do other backends, but all of
-the pool may be copied in every call. With mode="reduce-overhead", torch copies inputs that are no
-parameters or buffers of a module, and were not marked by `torch._dynamo.mark_static_address`.
+share a torch storage: each cache has its own, as in a PagedKVCache, or a layer's keys and values
+are in one tensor, whose views are taken inside. Slices of a larger pool give the same results, as
+do other backends, but all of the pool may be copied in every call. (torch.from_dlpack makes of a
+slice a tensor with a storage of its own, in the same memory.) With mode="reduce-overhead", torch
+copies inputs that are no parameters or buffers of a module, and were not marked by
+`torch._dynamo.mark_static_address`.
 
 An eager call passes through torch's dispatcher, which keeps the host busy for some microseconds
 more than the function does. What is not compiled had better call the function.

@@ -1,12 +1,17 @@
 """Operators run where the caller's framework works, await its pending writes, and never block."""
 
+import os
+import subprocess
+import sys
+
 import cupy
 import numpy as np
 import pytest
 
 import cupy_paged
-from support import compare, frameworks, ops, oracle
+from support import compare, frameworks, ops, oracle, per_thread
 from support.data import Case, build
+from support.receipt import ROOT
 
 CUPY, *OTHERS = frameworks.device()
 TORCH = [arrays for arrays in OTHERS if arrays.name == "torch"]
@@ -168,6 +173,23 @@ def test_concurrent_streams_do_not_disturb_each_other(arrays):
     arrays.synchronize()
     for i, out in enumerate(found):
         compare.close(arrays.numpy(out), problems[i % 4].expected[0], "float16")
+
+
+def test_threads_on_default_streams_of_their_own():
+    per_thread.check_threads(lambda: cupy.cuda.Stream.ptds)
+
+
+def test_threads_where_their_own_streams_are_the_default():
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "support.per_thread"],
+        cwd=ROOT / "tests",
+        env={**os.environ, "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_stream_argument_of_every_other_operator(problem):

@@ -11,6 +11,21 @@ import pytest
 from support import device
 from support.frameworks import REQUIRED
 
+FRAMEWORKS = {
+    "torch": "torch", "jax": "jax", "transformers": "transformers", "numba": "numba",
+    "cuda": "cuda.core",
+}  # fmt: skip
+"""By the package that an example imports: the module that must be there."""
+NEEDS_A_GPU = r"cp\.cuda\.|torch\.cuda\.(?!is_avail)|import numba|from cuda"
+
+
+def is_module(name: str) -> bool:
+    """Whether a module is there, its packages too."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
 
 def imported(code: str) -> set[str]:
     """The packages that an example imports."""
@@ -22,11 +37,11 @@ def runnable(code: str) -> str:
 
     Skips one whose framework is not installed, or that needs a GPU's streams where there are none.
     """
-    for framework in sorted(imported(code) & {"torch", "jax"}):
-        if framework not in REQUIRED and importlib.util.find_spec(framework) is None:
+    for name, framework in FRAMEWORKS.items():
+        if name in imported(code) and framework not in REQUIRED and not is_module(framework):
             pytest.skip(f"{framework} is not installed")
-    if (reason := device.missing()) and re.search(r"cp\.cuda\.|torch\.cuda\.(?!is_avail)", code):
-        pytest.skip(f"needs streams of a GPU: {reason}")
+    if (reason := device.missing()) and re.search(NEEDS_A_GPU, code):
+        pytest.skip(f"needs a GPU, or its streams: {reason}")
     if reason:
         return code.replace("import cupy as cp\n", "import numpy as cp\n")
     return code

@@ -169,7 +169,8 @@ def writable(adapters):
     return [arrays for arrays in adapters if arrays.writable]
 
 
-def _present(makers):
+def present(makers):
+    """What the makers make, without those whose import fails; named ones are `Missing` then."""
     for name, make in makers.items():
         try:
             yield make()
@@ -181,9 +182,7 @@ def _present(makers):
 @functools.cache
 def host():
     """The adapters of host arrays; NumPy first."""
-    return list(
-        _present({"numpy": NumPy, "torch": lambda: Torch("cpu"), "jax": lambda: Jax("cpu")})
-    )
+    return list(present({"numpy": NumPy, "torch": lambda: Torch("cpu"), "jax": lambda: Jax("cpu")}))
 
 
 @functools.cache
@@ -191,5 +190,5 @@ def device(index=0):
     """The adapters of arrays on a GPU; CuPy, which the library needs, first."""
     return [
         CuPy(index),
-        *_present({"torch": lambda: Torch(f"cuda:{index}"), "jax": lambda: Jax("cuda", index)}),
+        *present({"torch": lambda: Torch(f"cuda:{index}"), "jax": lambda: Jax("cuda", index)}),
     ]

@@ -268,6 +268,25 @@ class Step:
         return self(pair[:, 0], pair[:, 1])
 
 
+def layers_of_a_cache(step):
+    """(keys, values) of each layer of a new PagedKVCache, with other contents in each layer."""
+    cache = cupy_paged.PagedKVCache(
+        2, NUM_BLOCKS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE, block_size=BLOCK_SIZE,
+        like=step.query, layout="HND",
+    )  # fmt: skip
+    layers = list(zip(cache.key_caches, cache.value_caches, strict=True))
+    for layer, pair in enumerate(layers):
+        for mine, contents in zip(pair, step.caches, strict=True):
+            mine.copy_(contents.roll(layer, 0))
+    return layers
+
+
+def check_copies_nothing(code):
+    """Check that what inductor compiled writes into the arrays that it was given."""
+    assert "reshape_and_cache_flash" in code
+    assert not re.search(r"= empty_strided\w*\(", code)
+
+
 class TorchOpsSuite:
     @pytest.fixture(autouse=True)
     def nothing_is_compiled_yet(self, arrays):
@@ -343,8 +362,21 @@ class TorchOpsSuite:
         else:
             run, given = step.on_views, [step.pair]
         _, (code,) = utils.run_and_get_code(step.compiled(run), *given)
-        assert "reshape_and_cache_flash" in code
-        assert not re.search(r"= empty_strided\w*\(", code)
+        check_copies_nothing(code)
+
+    def test_inductor_copies_no_layer_of_a_cache(self, arrays):
+        utils = importlib.import_module("torch._inductor.utils")
+        step = Step(arrays)
+
+        def run(layers):
+            return [made for layer in layers for made in step(*layer)]
+
+        found, expected = layers_of_a_cache(step), layers_of_a_cache(step)
+        made, (code,) = utils.run_and_get_code(step.compiled(run), found)
+        check_copies_nothing(code)
+        want = run(expected)
+        for got, right in (made, want), (sum(found, ()), sum(expected, ())):
+            check_alike([arrays.numpy(x) for x in got], [arrays.numpy(x) for x in right])
 
     @BACKENDS
     def test_other_sizes_need_no_other_graph(self, arrays, backend):
