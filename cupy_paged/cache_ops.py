@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import checks, reference
-from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import (
     FLOATS,
@@ -202,7 +202,7 @@ def _reshape_and_cache(
         raise ValueError(
             f"slot_mapping: {slots.shape[0]} slots for key's {key.shape[0]} tokens, needs no more"
         )
-    if slots.shape[0] == 0:
+    if slots.shape[0] == 0 or key.device == META:
         return
     if key.device is not HOST:
         prepared = _write_on_gpu(key, value, *caches, slots, cache, cache_dtype, *scales, on)
