@@ -48,7 +48,7 @@ import numpy as np
 import cupy_paged
 from cupy_paged.arrays import HOST, Array, array, is_array, location, meta
 from cupy_paged.attention import attend
-from cupy_paged.attention_checks import Call, SparseArguments, check_call, check_out
+from cupy_paged.attention_checks import SparseArguments, check_call, check_out
 from cupy_paged.attention_gpu import workspace_bytes
 from cupy_paged.block_ops import check_layers
 from cupy_paged.compiler import loading_beside_captures
@@ -117,9 +117,8 @@ def paged_attention(
             "value_cache": value_cache,
             "block_tables": block_tables,
             "seq_lens": seq_lens,
-            "alibi_slopes": alibi_slopes,
         },
-        {"k_scale": k_scale, "v_scale": v_scale},
+        {"k_scale": k_scale, "v_scale": v_scale, "alibi_slopes": alibi_slopes},
         {
             "scale": scale,
             "layout": layout,
@@ -128,7 +127,7 @@ def paged_attention(
             "sparse": sparse,
         },
     )
-    call = op.check(_checked)
+    call = op.check(check_call)
     made = {
         "out": jax.ShapeDtypeStruct(call.query.shape, call.query.dtype),
         "workspace": jax.ShapeDtypeStruct((workspace_bytes(call),), "uint8"),
@@ -139,12 +138,8 @@ def paged_attention(
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
-def _checked(alibi_slopes: Any = None, **arguments: Any) -> Call:
-    return check_call(alibi_slopes=alibi_slopes, **arguments)
-
-
 def _attend(out: Any, workspace: Any, lse: Any = None, **arguments: Any) -> None:
-    call = _checked(**arguments)
+    call = check_call(**arguments)
     state = None if lse is None else array(lse, "lse", call.stream)
     memory = array(workspace, "workspace", call.stream)
     attend(call, check_out(call, out), state, workspace=memory.pointer)
@@ -336,9 +331,8 @@ def gather_cache(
             "value_cache": value_cache,
             "block_tables": block_tables,
             "cu_seq_lens": cu_seq_lens,
-            "seq_starts": seq_starts,
         },
-        {"k_scale": k_scale, "v_scale": v_scale},
+        {"k_scale": k_scale, "v_scale": v_scale, "seq_starts": seq_starts},
         {"kv_cache_dtype": kv_cache_dtype, "layout": layout},
         written=("key", "value"),
     )
@@ -359,8 +353,8 @@ class _Op:
 
     name        of the op, for errors
     function    what runs, with all arguments by name, on arrays that it may write
-    arrays      arguments that are arrays, lists of them, or None
-    scales      arguments that are numbers, or arrays of one element
+    arrays      arguments that are arrays, or lists of them
+    either      arguments that may be arrays, or else are a part of the compiled code
     options     the others
     written     those of `arrays` that `function` writes
     """
@@ -370,14 +364,14 @@ class _Op:
         name: str,
         function: Callable[..., Any],
         arrays: dict[str, Any],
-        scales: dict[str, Any],
+        either: dict[str, Any],
         options: dict[str, Any],
         written: tuple[str, ...] = (),
     ) -> None:
         self.name, self.function = name, function
-        self.options = {**options, **{n: x for n, x in scales.items() if not is_array(x)}}
-        found = {**arrays, **{n: x for n, x in scales.items() if is_array(x)}}
-        found = {n: _operands(x, n) for n, x in found.items() if x is not None}
+        self.options = {**options, **{n: x for n, x in either.items() if not is_array(x)}}
+        found = {**arrays, **{n: x for n, x in either.items() if is_array(x)}}
+        found = {n: _operands(x, n) for n, x in found.items()}
         self.written = {n: x for n, x in found.items() if n in written}
         self.read = {n: x for n, x in found.items() if n not in written}
 
