@@ -2,7 +2,9 @@
 
 import ctypes
 import importlib
+import os
 import struct
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from cupy_paged import attention_kernels, compiler, counters, gpu, in_flight
 from support import frameworks
 from support.fake_cupy import FakeCuPy
 from support.jax_ops_suite import CALLS, EVERY_CALL, JaxOpsSuite, attention, copy, jax_ops
+from support.receipt import ROOT
 
 NUMPY, *OTHERS = frameworks.host()
 JAX = [arrays for arrays in OTHERS if arrays.name == "jax"]
@@ -160,3 +163,33 @@ def test_a_capture_of_others_still_refuses_to_load(arrays, machine):
     kernel = compiler.Kernel("convert_fp8.cu", "never_used_before", 128)
     with pytest.raises(RuntimeError, match="first time inside a CUDA graph capture"):
         compiler.load(kernel, DEVICE, STREAM)
+
+
+# ---- several devices ----
+
+SHARDED = """
+import jax, numpy
+from jax.sharding import AxisType, PartitionSpec
+from support.jax_ops_suite import attention
+
+call = attention(seq_lens=(40, 17, 0, 5))
+shared = {name: call.given.pop(name) for name in ("key_cache", "value_cache")}
+mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+run = jax.shard_map(
+    lambda rows: call.run(**rows, **shared),
+    mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"),
+)
+out = jax.jit(run)(call.given)
+assert len(out.devices()) == 2
+numpy.testing.assert_array_equal(out, call.run(**call.given, **shared))
+"""
+
+
+def test_each_device_calls_with_its_own_part(arrays):
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
