@@ -393,7 +393,10 @@ class _Op:
         return function(**described, **self.options, stream=0)
 
     def run(self, made: dict[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:
-        """Runs the function, which writes arrays that it made for it, too; all that it writes."""
+        """Runs the function, for which XLA makes arrays like `made`, too.
+
+        Returns, by name, what it writes: these, and its arguments as they are afterwards.
+        """
         read = {n: _halves(x) if n in _INT64 else x for n, x in self.read.items()}
         written_leaves, written_tree = jax.tree.flatten(self.written)
         read_leaves, read_tree = jax.tree.flatten(read)
