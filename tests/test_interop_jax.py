@@ -98,14 +98,16 @@ def machine(arrays, monkeypatch):
     for name, empty in (("_of_streams", {}), ("_slabs", {}), ("_kept", [])):
         monkeypatch.setattr(counters, name, empty)
 
-    def buffer_callback(callback, results, *, input_output_aliases, **_):
+    def buffer_callback(
+        callback, results, *, input_output_aliases, command_buffer_compatible, vmap_method
+    ):
         def run(*operands):
             read = [Lent(x) for x in operands]
             made = [Lent(np.zeros(x.shape, x.dtype)) for x in results]
             for operand, result in input_output_aliases.items():
                 made[result] = read[operand]
             assert callback(SimpleNamespace(stream=STREAM), made, *read) is None
-            fake.made = made
+            fake.made, fake.may_be_captured = made, command_buffer_compatible
             return [arrays.array(x.host) for x in made]
 
         return run
@@ -129,6 +131,7 @@ def test_kernels_alone_are_queued_on_the_stream_of_xla(arrays, machine, make, ca
         assert {device for device, *_ in calls} == {DEVICE}
         names = [name for _, name, *_ in calls]
         assert ("RawModule" in names) == first
+        assert machine.may_be_captured
         queued = [call for call in calls if call[1] != "RawModule"]
         clears = ["memsetAsync"] * (call.op == "paged_attention")
         assert [name for _, name, *_ in queued][: len(clears) + 1] == [*clears, "launchKernel"]
@@ -154,6 +157,16 @@ def test_scratch_and_counters_are_in_memory_of_xla(arrays, machine, name):
         assert begin == at["tmp_out"] < at["exp_sums"] < at["max_logits"] < cleared
     else:
         assert cleared == begin
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "reshape_and_cache"])
+def test_what_queues_nothing_stays_out_of_command_buffers(arrays, machine, name):
+    # XLA refuses a capture in which nothing was queued.
+    call = CALLS[name]()
+    per_row = {"query", "block_tables", "seq_lens", "key", "value", "slot_mapping"}
+    given = {name: x[:0] if name in per_row else x for name, x in call.given.items()}
+    call._replace(given=given).run(**given)
+    assert machine.take() == [] and not machine.may_be_captured
 
 
 def test_a_capture_of_others_still_refuses_to_load(arrays, machine):
