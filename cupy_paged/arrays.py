@@ -19,6 +19,8 @@ from cupy_paged.dtypes import FLOATS, STORAGE, itemsize
 
 HOST = None
 """The device of an array in host memory; others are numbered by CUDA."""
+META = -1
+"""The device of an array without memory: a call with it is checked, and does nothing."""
 
 
 class Array(NamedTuple):
@@ -89,6 +91,15 @@ def array(x: Any, name: str, stream: int | None = None) -> Array:
     return found
 
 
+def meta(dtype: str, shape: tuple[int, ...], pointer: int) -> Array:
+    """A packed array without memory, to check calls with.
+
+    pointer    an address of its own, as far as its elements would reach
+    """
+    strides = _packed_strides(shape)
+    return Array("", None, "meta", dtype, shape, strides, pointer, META, True)
+
+
 def is_array(x: Any) -> bool:
     """Whether `array` would read `x`."""
     return _reader(type(x)) is not None
@@ -97,6 +108,8 @@ def is_array(x: Any) -> bool:
 def location(x: Any) -> tuple[str, int | None]:
     """The framework and the device of an array, before a stream is known on which to read it."""
     reader = _reader(type(x))
+    if reader is _from_array:
+        return x.framework, x.device
     if reader is _from_cupy:
         return "cupy", x.data.device_id
     if reader is _from_torch:
@@ -118,6 +131,8 @@ def _is_traced(x: Any) -> bool:
 def _reader(kind: type) -> Callable[[Any, str, int | None], Array] | None:
     roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
     names = {base.__name__ for base in kind.__mro__}
+    if kind is Array:
+        return _from_array
     if issubclass(kind, np.ndarray):
         return _from_numpy
     if "cupy" in roots and "ndarray" in names:
@@ -157,6 +172,10 @@ def _element_strides(strides: tuple[int, ...], size: int, name: str) -> tuple[in
 
 def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _from_array(x: Array, name: str, stream: int | None) -> Array:
+    return x._replace(name=name, dtype=_checked_dtype(x.dtype, name))
 
 
 def _on_host(
@@ -222,7 +241,8 @@ def _from_torch(x: Any, name: str, stream: int | None) -> Array:
 def _from_jax(x: Any, name: str, stream: int | None) -> Array:
     if _is_traced(x):
         raise TypeError(
-            f"{name}: is being traced by jax.jit; cupy_paged runs on concrete arrays, outside of it"
+            f"{name}: is being traced by jax.jit, and this op runs on concrete arrays, outside of "
+            "it; cupy_paged.interop.jax_ops has ops for the inside"
         )
     devices = x.devices()
     if len(devices) != 1:

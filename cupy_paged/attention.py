@@ -120,7 +120,7 @@ def paged_attention(
     else:
         target = check_out(call, out)
     lse = empty(call.query, "lse", call.state_shape, "float32", call.stream) if return_lse else None
-    keep(query, settings, arrays, _attend(call, target, lse, makes_out=out is None))
+    keep(query, settings, arrays, attend(call, target, lse, makes_out=out is None))
     result = hand_over(target, call.stream) if out is None else out
     return (result, hand_over(lse, call.stream)) if lse is not None else result
 
@@ -177,7 +177,7 @@ def paged_attention_v1(
         k_scale, v_scale, alibi_slopes, max_seq_len, SparseArguments(*sparse), stream,
     )  # fmt: skip
     check_named_sizes(call, num_kv_heads, block_size, max_seq_len)
-    keep(query, settings, arrays, _attend(call, check_out(call, out), None))
+    keep(query, settings, arrays, attend(call, check_out(call, out), None))
 
 
 def paged_attention_v2(
@@ -247,10 +247,10 @@ def paged_attention_v2(
     num_partitions = scratch.exp_sums.shape[2]
     partition_size = check_partition_size(partition_size, num_partitions, max_seq_len)
     call = call._replace(capacity=min(call.capacity, num_partitions * partition_size))
-    _attend(call, target, None, scratch=scratch, partition_size=partition_size)
+    attend(call, target, None, scratch=scratch, partition_size=partition_size)
 
 
-def _attend(
+def attend(
     call: Call,
     out: Array,
     lse: Array | None,
@@ -258,8 +258,12 @@ def _attend(
     makes_out: bool = False,
     scratch: Scratch | None = None,
     partition_size: int = BY_LENGTH,
+    workspace: int = 0,
 ) -> PreparedCall | None:
-    """Runs a checked call; returns what calls like it can use, if anything."""
+    """Runs a checked call; returns what calls like it can use, if anything.
+
+    workspace    address of `workspace_bytes` on the call's device; 0: the op sees to them
+    """
     if call.query.shape[0] == 0:
         return None
     if checked_mode.is_on():
@@ -271,4 +275,4 @@ def _attend(
     if call.query.device is HOST:
         attend_on_host(call, out, lse, scratch, partition_size)
         return None
-    return attend_on_gpu(call, out, lse, makes_out, scratch, partition_size)
+    return attend_on_gpu(call, out, lse, makes_out, scratch, partition_size, workspace)

@@ -12,6 +12,7 @@ from cupy_paged.attention_kernels import (
     attention_plan,
     most_partitions,
 )
+from cupy_paged.counters import SIZE
 from cupy_paged.dtypes import is_fp8
 from cupy_paged.launch import cache_strides, prepare, scale_fields
 from cupy_paged.masks import BlockSparse
@@ -92,8 +93,7 @@ def prepare_attention(
         scales = (K_SCALE, call.k_scale), (V_SCALE, call.v_scale)
         unread = [place for place, scale in scales if isinstance(scale, Array)]
     # Without the caller's scratch there are places for ours, whether or not it is needed.
-    num_states = 0 if direct else num_seqs * num_heads * max_partitions
-    tmp_out_bytes, state_bytes = 4 * num_states * head_size, 4 * num_states
+    tmp_out_bytes, state_bytes = _scratch_bytes(call, 0 if direct else max_partitions)
     return PreparedCall(
         query,
         launches,
@@ -107,6 +107,21 @@ def prepare_attention(
     )
 
 
+def _scratch_bytes(call: Call, num_partitions: int) -> tuple[int, int]:
+    """Size of tmp_out, and of either of the states beside it."""
+    num_seqs, num_heads, head_size = call.query.shape
+    num_states = num_seqs * num_heads * num_partitions
+    return 4 * num_states * head_size, 4 * num_states
+
+
+def workspace_bytes(call: Call) -> int:
+    """Device memory that is enough for scratch and counters of a call, on whatever chip."""
+    max_partitions = most_partitions(call.capacity)
+    tmp_out_bytes, state_bytes = _scratch_bytes(call, 0 if max_partitions == 1 else max_partitions)
+    num_seqs, num_heads = call.state_shape  # no chip has more tiles than heads
+    return tmp_out_bytes + 2 * state_bytes + SIZE * (WORK_COUNTERS + num_seqs * num_heads)
+
+
 def attend_on_gpu(
     call: Call,
     out: Array,
@@ -114,11 +129,13 @@ def attend_on_gpu(
     makes_out: bool,
     scratch: Scratch | None,
     partition_size: int,
+    workspace: int = 0,
 ) -> PreparedCall:
     """Queues a checked call, into arrays of the caller's device.
 
     makes_out         whether out was made for the caller, as lse always is
     partition_size    of the caller's scratch; else BY_LENGTH, each sequence's own length decides
+    workspace         address of `workspace_bytes` that are the call's; 0 to have them seen to
 
     Returns what serves other calls like this one.
     """
@@ -131,5 +148,5 @@ def attend_on_gpu(
     states = () if scratch is None else (scratch.tmp_out, scratch.exp_sums, scratch.max_logits)
     # In the order of PARAMS.
     given = (out, lse, *states, *call[:5], call.alibi_slopes, call.k_scale, call.v_scale)
-    prepared.first(call.query, given, call.stream)
+    prepared.first(call.query, given, call.stream, workspace)
     return prepared

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import checked_mode, checks, gpu, in_flight
-from cupy_paged.arrays import HOST, Array, array, is_array, location
+from cupy_paged.arrays import HOST, META, Array, array, is_array, location
 from cupy_paged.block_runs import UNIT, access_width, copy_runs
 from cupy_paged.compiler import Kernel, template
 from cupy_paged.dtypes import itemsize
@@ -87,16 +87,7 @@ def copy_blocks(
     end, before anything is written, for arguments that do not fit.
     Source: vLLM's csrc/cache_kernels.cu.
     """
-    for caches, name in ((key_caches, "key_caches"), (value_caches, "value_caches")):
-        if not isinstance(caches, list | tuple):
-            kind = type(caches).__name__
-            raise TypeError(f"{name}: got {kind}, needs a list of arrays, one a layer")
-    if not key_caches:
-        raise ValueError("key_caches: is empty, needs the array of at least one layer")
-    if len(value_caches) not in (0, len(key_caches)):
-        raise ValueError(
-            f"value_caches: {len(value_caches)} layers do not match key_caches' {len(key_caches)}"
-        )
+    check_layers(key_caches, value_caches)
     on = launch_stream(key_caches[0], stream)
     keys = [array(cache, f"key_caches[{i}]", on) for i, cache in enumerate(key_caches)]
     values = [array(cache, f"value_caches[{i}]", on) for i, cache in enumerate(value_caches)]
@@ -135,11 +126,27 @@ def copy_blocks(
     checks.are_apart(caches, [mapping])
     if block_bytes == 0 or mapping.shape[0] == 0 or (pairs is not None and not len(pairs)):
         return
+    if first.device == META:
+        return
     if first.device is HOST:
         for a in caches:
             a.bits[pairs[:, 1]] = a.bits[pairs[:, 0]]
         return
     _copy_on_gpu(caches, block_bytes, mapping, pairs, on)
+
+
+def check_layers(key_caches: Any, value_caches: Any) -> None:
+    """Raises ValueError or TypeError unless these are lists, and of as many layers."""
+    for caches, name in ((key_caches, "key_caches"), (value_caches, "value_caches")):
+        if not isinstance(caches, list | tuple):
+            kind = type(caches).__name__
+            raise TypeError(f"{name}: got {kind}, needs a list of arrays, one a layer")
+    if not key_caches:
+        raise ValueError("key_caches: is empty, needs the array of at least one layer")
+    if len(value_caches) not in (0, len(key_caches)):
+        raise ValueError(
+            f"value_caches: {len(value_caches)} layers do not match key_caches' {len(key_caches)}"
+        )
 
 
 def _check_layout(layout: str, keys: list[Array], values: list[Array]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import checked_mode, checks, reference
-from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import (
     FLOATS,
@@ -202,7 +202,7 @@ def _reshape_and_cache(
         raise ValueError(
             f"slot_mapping: {slots.shape[0]} slots for key's {key.shape[0]} tokens, needs no more"
         )
-    if slots.shape[0] == 0:
+    if slots.shape[0] == 0 or key.device == META:
         return
     if checked_mode.is_on():
         checked_mode.check_slots(slots, cache.num_blocks * cache.block_size, on)

@@ -7,12 +7,15 @@ includes resolved, so that a changed header can never meet an old binary.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 import re
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,30 +103,61 @@ _lock = threading.Lock()
 _loaded: dict[tuple[Kernel, int, int | None], Loaded] = {}
 
 
+class _Captures(threading.local):
+    are_thread_local = False
+
+
+_captures = _Captures()
+
+
+@contextlib.contextmanager
+def loading_beside_captures() -> Iterator[None]:
+    """Loads what a capture is the first to need on another thread, instead of refusing to.
+
+    For captures that restrict their own thread alone: those of CUDA's thread-local mode.
+    """
+    _captures.are_thread_local = True
+    try:
+        yield
+    finally:
+        _captures.are_thread_local = False
+
+
 def load(kernel: Kernel, device: int, stream: int) -> Loaded:
     """The kernel on a device, compiled if neither this process nor CuPy's disk cache has it.
 
     A compilation takes about a second. Raises RuntimeError where `stream` is being captured into a
-    CUDA graph and the kernel was never used before: loading it would break the capture.
+    CUDA graph and the kernel was never used before: loading it would break the capture, but for
+    `loading_beside_captures`.
     """
     key = (kernel, device, gpu.emulated_sm())
     found = _loaded.get(key)
     if found is None:
-        if gpu.is_capturing(device, stream):
+        if not gpu.is_capturing(device, stream):
+            found = _load_once(*key)
+        elif _captures.are_thread_local:
+            with ThreadPoolExecutor(1) as beside:
+                found = beside.submit(_load_once, *key).result()
+        else:
             raise RuntimeError(
                 f"{kernel.name} is used for the first time inside a CUDA graph capture, where it "
                 "cannot be compiled: call the op once with the same shapes and dtypes before"
             )
-        with _lock:
-            found = _loaded.get(key)
-            if found is None:
-                found = _loaded[key] = _load(*key)
     return found
 
 
 def is_loaded(kernel: Kernel, device: int) -> bool:
     """Whether `load` would find the kernel at once, also while a CUDA graph is being captured."""
     return (kernel, device, gpu.emulated_sm()) in _loaded
+
+
+def _load_once(kernel: Kernel, device: int, sm: int | None) -> Loaded:
+    key = (kernel, device, sm)
+    with _lock:
+        found = _loaded.get(key)
+        if found is None:
+            found = _loaded[key] = _load(*key)
+    return found
 
 
 def _load(kernel: Kernel, device: int, sm: int | None) -> Loaded:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from cupy_paged import checked_mode, checks, reference
-from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, FP8, itemsize, kv_cache_dtype_name
 from cupy_paged.launch import ParamStruct, cache_strides, launch, scale_fields
@@ -200,7 +200,7 @@ def gather_cache(
         if a is not None:
             checks.is_packed(a)
     checks.are_apart(rows, given[2:])
-    if rows[0].shape[0] == 0 or num_seqs == 0:
+    if rows[0].shape[0] == 0 or num_seqs == 0 or rows[0].device == META:
         return
     if checked_mode.is_on():
         checked_mode.check_gathered(ends, starts, tables, cache.block_size, cache.num_blocks, on)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import checks, reference
-from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, decode, encode, itemsize
 from cupy_paged.launch import ParamStruct, prepare, scale_fields
@@ -152,7 +152,7 @@ def merge_attn_states(
             checks.is_dtype(target_lse, "float32")
     target = target._replace(dtype=dtype)  # uint8 holds the same bits
 
-    if math.prod(prefix.shape):
+    if math.prod(prefix.shape) and prefix.device != META:
         checked = (target, target_lse, prefix, suffix, *lses, merged_tokens, scale)
         if prefix.device is HOST:
             _merge_on_host(*checked)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from cupy_paged import checked_mode, checks, reference
-from cupy_paged.arrays import HOST, Array, array
+from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, itemsize, kv_cache_dtype_name
 from cupy_paged.launch import ParamStruct, launch, scale_fields
@@ -113,7 +113,7 @@ def concat_and_cache_mla(
             f"slot_mapping: {slots.shape[0]} slots for kv_c's {num_tokens} tokens, needs no more"
         )
     checks.are_apart([cache], [a for a in given if a is not cache])
-    if slots.shape[0] == 0 or width == 0:
+    if slots.shape[0] == 0 or width == 0 or latent.device == META:
         return
     if checked_mode.is_on():
         checked_mode.check_slots(slots, num_blocks * block_size, on)

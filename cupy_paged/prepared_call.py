@@ -64,19 +64,25 @@ class PreparedCall:
         with gpu.on(device):
             self._context = self._current_context()
 
-    def first(self, leader: Array, given: Sequence[Any], stream: int) -> None:
+    def first(self, leader: Array, given: Sequence[Any], stream: int, workspace: int = 0) -> None:
         """Queues the call that was checked.
 
-        given    what the call reads and writes, in the order of the pointers, without those into
-                 scratch memory and of the counters; what is no `Array` has none
+        given        what the call reads and writes, in the order of the pointers, without those
+                     into scratch memory and of the counters; what is no `Array` has none
+        workspace    address of the caller's memory for scratch and counters; 0: there is none
         """
         arrays = [a for a in given if isinstance(a, Array)]
         pointers = [a.pointer if isinstance(a, Array) else 0 for a in given]
         scratch = work = _NOTHING
-        if self._scratch_bytes:
-            scratch = scratch_memory(leader, self._scratch_bytes, stream)
-        if self._num_counters:
-            work = counters.counters(self._device, stream, self._num_counters)
+        if workspace:
+            at = workspace + self._scratch_bytes
+            gpu.clear(self._device, stream, at, self._num_counters * counters.SIZE)
+            scratch, work = contextlib.nullcontext(workspace), contextlib.nullcontext(at)
+        else:
+            if self._scratch_bytes:
+                scratch = scratch_memory(leader, self._scratch_bytes, stream)
+            if self._num_counters:
+                work = counters.counters(self._device, stream, self._num_counters)
         with (
             ordered(stream, self._device, self._framework, arrays),
             scratch as scratch_address,

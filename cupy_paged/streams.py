@@ -87,7 +87,7 @@ def ordered(stream: int, device: int, owner: str, arrays: Iterable[Array]) -> It
     kept: list[Any] = []
     arrays = list(arrays)
     frameworks = {owner, *(a.framework for a in arrays)}
-    is_alone = len(frameworks) == 1 and owner in ("cupy", "torch")
+    is_alone = len(frameworks) == 1 and owner in ("cupy", "torch", "xla")
     if not is_alone and not gpu.is_capturing(device, stream):
         foreign = (frameworks - {owner}) & {"cupy", "torch"}
         others = {current(framework, device) for framework in foreign} - {stream}

@@ -22,6 +22,7 @@ API = {
     "cupy_paged.layouts": [],
     "cupy_paged.masks": ["BlockSparse"],
     "cupy_paged.interop.torch_ops": [],
+    "cupy_paged.interop.jax_ops": [],
     "cupy_paged.interop.vllm": ["install"],
     "cupy_paged.interop.replacement": ["Replacement"],
 }
