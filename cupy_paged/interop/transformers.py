@@ -1,4 +1,4 @@
-"""Hugging Face transformers on a paged cache: models attend by `paged_attention`, from a `PagedCache`.
+"""Models of Hugging Face transformers that attend by `paged_attention`, from a `PagedCache`.
 
     import cupy_paged.interop.transformers as paged  # registers attn_implementation="cupy_paged"
 
@@ -319,6 +319,11 @@ class PagedCache(Cache):
         return self._kv
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """The rows of the batch, as sequences of `kv_cache`."""
+        return self._rows[:]
+
+    @property
     def batch_size(self) -> int:
         """Rows; -1 before the first tokens."""
         return len(self._rows) or -1
@@ -358,7 +363,7 @@ def attention(
     output_attentions: bool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function "cupy_paged" of transformers, over keys that a `PagedCache` has marked.
+    """The attention function "cupy_paged" of transformers, for keys that a `PagedCache` has marked.
 
     Raises ValueError for what the ops cannot do, TypeError for a cache that is no `PagedCache`.
     """

@@ -6,6 +6,7 @@ one that is missing fails its tests, one not named and not installed is not para
 
 import functools
 import importlib
+import importlib.util
 import os
 
 import numpy as np
@@ -157,6 +158,15 @@ class Missing:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {self.name}, but: {self.error}")
+
+
+def needed(package):
+    """Skips the test where a package is not installed, and fails it where it was asked for."""
+    if importlib.util.find_spec(package) is not None:
+        return
+    if package in REQUIRED:
+        pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {package}, which is not installed")
+    pytest.skip(f"{package} is not installed")
 
 
 def _numpy_dtype(name):
