@@ -24,7 +24,8 @@ from markupsafe import Markup
 from docs import pages, plain
 
 SITE = pages.DOCS / "_site"
-SYNTHETIC = {"cupy_paged.interop.torch_ops"}  # cannot be imported without torch
+# These cannot be imported without torch, or transformers.
+SYNTHETIC = {"cupy_paged.interop.torch_ops", "cupy_paged.interop.transformers"}
 
 
 def described(name: str) -> pdoc.doc.Module:

@@ -43,7 +43,7 @@ def runnable(code: str) -> str:
 
     Skips one whose framework is not installed, or that needs a GPU's streams where there are none.
     """
-    for framework in sorted(imported(code) & {"torch", "jax"}):
+    for framework in sorted(imported(code) & {"torch", "jax", "transformers"}):
         if framework not in REQUIRED and importlib.util.find_spec(framework) is None:
             pytest.skip(f"{framework} is not installed")
     if (reason := device.missing()) and re.search(r"cp\.cuda\.|torch\.cuda\.(?!is_avail)", code):

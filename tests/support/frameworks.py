@@ -1,7 +1,8 @@
 """Arrays of each framework, made from NumPy arrays bit by bit and brought back the same way.
 
 `CUPY_PAGED_TEST_FRAMEWORKS` (comma-separated) names the frameworks that must be there: a named
-one that is missing fails its tests, one not named and not installed is not parametrised.
+one that is missing fails its tests, one not named and not installed is not parametrised. It may
+name transformers as well, which has no arrays of its own: see `needed`.
 """
 
 import functools

@@ -6,6 +6,7 @@ A test module subclasses `TransformersSuite` and gives it a fixture `arrays`, an
 
 import copy
 import gc
+import importlib
 
 import numpy as np
 import pytest
@@ -299,15 +300,34 @@ class TransformersSuite:
             error, eager_error = (
                 np.linalg.norm(x[live].astype(np.float64) - want[live]) for x in (got, eager)
             )
-            assert error <= 2 * eager_error, f"{columns} columns"
+            assert error <= 3 * eager_error, f"{columns} columns"
         assert cache.kv_cache.dtype == dtype
 
     def test_fp8(self, pair, rng):
+        """A prompt attends to its keys and values as they are, all else to what the cache has."""
+        torch, scales = pair.torch, {"k_scale": 0.125, "v_scale": [0.0625, 0.25, 0.125]}
+
+        def rounded(x, scale):
+            return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+        class RoundedCache(importlib.import_module("transformers").DynamicCache):
+            def update(self, key, value, layer, *args, **options):
+                is_prompt = self.get_seq_length(layer) == 0
+                kept = super().update(
+                    rounded(key, scales["k_scale"]), rounded(value, scales["v_scale"][layer]), layer
+                )
+                return (key, value) if is_prompt else kept
+
         ids, mask = pair.tokens(random_rows(rng, *LENGTHS))
-        cache = pair.cache(dtype="fp8", k_scale=0.05, v_scale=[0.05, 0.1, 0.1])
-        logits(pair, pair.ours, ids[:, :-2], mask[:, :-2], past_key_values=cache)
-        got = logits(pair, pair.ours, ids[:, -2:], mask, past_key_values=cache)
-        want = logits(pair, pair.eager, ids, mask)
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        cache, other = pair.cache(dtype="fp8", **scales), RoundedCache()
+        for columns in (slice(0, 30), slice(30, 31), slice(31, 33)):
+            shown = mask[:, : columns.stop]
+            want = logits(pair, pair.eager, ids[:, columns], shown, past_key_values=other)
+            got = logits(pair, pair.ours, ids[:, columns], shown, past_key_values=cache)
+            live = shown.sum(1).cpu().numpy() > 0
+            # Where the models differ by float32's rounding, a value may be rounded the other way.
+            error = np.linalg.norm(got[live] - want[live]) / np.linalg.norm(want[live])
+            assert error < 0.02
         assert cache.kv_cache.dtype == "fp8"
-        assert 1e-3 < error < 0.2
+        exact = logits(pair, pair.eager, ids, mask)
+        assert np.linalg.norm(got - exact) > 0.02 * np.linalg.norm(exact)
