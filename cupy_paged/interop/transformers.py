@@ -202,7 +202,7 @@ class PagedCache(Cache):
             )
         else:
             self._settle(self._still_shown(shown[:, :before]))
-        is_prompt = not self._shown.any()
+        is_prompt = not before
         new = shown[:, before:]
         for row, count in zip(self._rows, new.sum(axis=1).tolist(), strict=True):
             self._kv.append(row, count=count)

@@ -273,10 +273,11 @@ class TransformersSuite:
         def fail(*_):
             raise ZeroDivisionError
 
-        for layer in range(3):
+        for layer, new in enumerate((1, 3, 4)):
             hook = pair.ours.model.layers[layer].mlp.register_forward_hook(fail)
             with pytest.raises(ZeroDivisionError):
-                logits(pair, pair.ours, more[:, :4], mask[:, :13], past_key_values=cache)
+                now = more[:, :new], mask[:, : 9 + new]
+                logits(pair, pair.ours, *now, past_key_values=cache)
             hook.remove()
         # The last layer had attended before it failed: the step was at its end for the cache.
         assert cache.get_seq_length() == 13
