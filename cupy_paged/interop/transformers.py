@@ -21,7 +21,8 @@ device of the model, with transformers 5. A `PagedCache` is a `Cache` of transfo
   `crop`, `reset` and the end of the cache. Where too few are left, a step raises OutOfBlocks or
   NeverFits; the cache then is as it was.
 
-Costs: the first tokens of a batch attend by torch's scaled_dot_product_attention, to each other.
+Costs: the first tokens of a batch attend by torch's scaled_dot_product_attention, to each other;
+where some are padding, with a mask of rows * columns * columns bytes.
 After that a token is a row of `paged_attention`, which reads all before it from the cache: one in
 a step when decoding, but as many as there are in what continues a cache, be it a next turn or a
 chunk of a prompt. Each step reads the attention mask on the host, and waits for it.
@@ -77,7 +78,7 @@ class _Step(NamedTuple):
 
 
 class PagedCache(Cache):
-    """The keys and values of a batch, in the blocks of a `PagedKVCache`; see the module.
+    """The keys and values of a batch, in blocks of a `PagedKVCache`; the module says more.
 
     config        of the model, whose attn_implementation is "cupy_paged"
     num_blocks    blocks of `block_size` tokens; `python -m cupy_paged size` says how many fit
@@ -85,7 +86,7 @@ class PagedCache(Cache):
     block_size, layout, k_scale, v_scale, poison
                   as in `PagedKVCache`. k_scale and v_scale are for an fp8 cache
 
-    Raises ValueError for a model whose attention has more to it, or not a cache for each layer.
+    Raises ValueError for a model whose attention is not full and causal in each layer.
     """
 
     def __init__(
@@ -189,11 +190,12 @@ class PagedCache(Cache):
         """Makes room for the tokens of a new step; one that was broken off is forgotten."""
         num_rows, _, num_new, _ = query.shape
         before = self._shown.shape[1]
+        is_prompt = not before
         shown = _on_host(mask, num_rows, before + num_new)
         self._settle(self._shown)
         if self._kv is None:
             self._kv = self._make(key)
-        if not before:
+        if is_prompt:
             self._rows.extend(self._kv.add() for _ in range(num_rows))
         elif num_rows != len(self._rows):
             raise ValueError(
@@ -202,7 +204,6 @@ class PagedCache(Cache):
             )
         else:
             self._settle(self._still_shown(shown[:, :before]))
-        is_prompt = not before
         new = shown[:, before:]
         for row, count in zip(self._rows, new.sum(axis=1).tolist(), strict=True):
             self._kv.append(row, count=count)
@@ -268,12 +269,11 @@ class PagedCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps some rows, by their numbers or a mask; more of one share its blocks."""
-        self._select(np.arange(len(self._rows))[indices.cpu().numpy()])
+        if self._rows:
+            self._select(np.arange(len(self._rows))[indices.cpu().numpy()])
 
     def _select(self, indices: np.ndarray) -> None:
         self._settle(self._shown)
-        if not self._rows:
-            return
         before = self._rows[:]
         kept: set[Sequence] = set()
         self._rows.clear()

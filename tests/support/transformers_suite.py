@@ -220,6 +220,9 @@ class TransformersSuite:
         prompts = random_rows(rng, 10, 14, 3)
         ids, mask = pair.tokens(prompts)
         cache = pair.cache()
+        cache.batch_select_indices(pair.tensor([0]))  # of none
+        cache.batch_repeat_interleave(2)
+        assert cache.batch_size == -1 and not cache.is_initialized
         logits(pair, pair.ours, ids, mask, past_key_values=cache)
         cache.batch_select_indices(pair.tensor([2, 0]))
         assert cache.kv_cache.num_used == num_blocks([3, 10])
