@@ -109,6 +109,8 @@ def test_other_attention_and_other_caches(pair, rng):
     cache = pair.cache()
     with pytest.raises(RuntimeError, match=r'attn_implementation: layer 0 .* "cupy_paged"'):
         logits(pair, pair.eager, ids, mask, past_key_values=cache)
+    cache.update(*pair.torch.ones(2, 2, 2, 9, 16), 0)
+    cache.reset()  # forgets that, too
     want = logits(pair, pair.eager, ids, mask)
     got = logits(pair, pair.ours, ids, mask, past_key_values=cache)
     compare.close(got, want, "float32", tolerance=TOLERANCE)

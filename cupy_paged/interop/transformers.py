@@ -333,11 +333,6 @@ class PagedCache(Cache):
         """Whether the memory is taken."""
         return self._kv is not None
 
-    @property
-    def is_sliding(self) -> list[bool]:
-        """False for each layer."""
-        return [False] * self._num_layers
-
     def __len__(self) -> int:
         return self._num_layers
 

@@ -309,7 +309,7 @@ class TransformersSuite:
 
     def test_fp8(self, pair, rng):
         """A prompt attends to its keys and values as they are, all else to what the cache has."""
-        torch, scales = pair.torch, {"k_scale": 0.125, "v_scale": [0.0625, 0.25, 0.125]}
+        torch, scales = pair.torch, {"k_scale": 0.11, "v_scale": [0.07, 0.3, 0.13]}
 
         def rounded(x, scale):
             return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
