@@ -24,7 +24,7 @@ from markupsafe import Markup
 from docs import pages, plain
 
 SITE = pages.DOCS / "_site"
-SYNTHETIC = {"cupy_paged.interop.torch_ops", "cupy_paged.interop.jax_ops"}
+SYNTHETIC = {f"cupy_paged.interop.{name}" for name in ("torch_ops", "jax_ops", "transformers")}
 """Modules that cannot be imported without a framework."""
 
 

@@ -11,7 +11,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 PAGES = [
-    "index", "cupy", "torch", "jax", "dlpack", "vllm", "streams", "numerics", "PERFORMANCE",
+    "index", "cupy", "torch", "jax", "dlpack", "vllm", "transformers", "streams", "numerics",
+    "PERFORMANCE",
 ]  # fmt: skip
 """The Markdown files of this folder."""
 
@@ -23,6 +24,7 @@ API = {
     "cupy_paged.masks": ["BlockSparse"],
     "cupy_paged.interop.torch_ops": [],
     "cupy_paged.interop.jax_ops": [],
+    "cupy_paged.interop.transformers": [],
     "cupy_paged.interop.vllm": ["install"],
     "cupy_paged.interop.replacement": ["Replacement"],
 }

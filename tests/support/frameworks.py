@@ -1,11 +1,13 @@
 """Arrays of each framework, made from NumPy arrays bit by bit and brought back the same way.
 
 `CUPY_PAGED_TEST_FRAMEWORKS` (comma-separated) names the frameworks that must be there: a named
-one that is missing fails its tests, one not named and not installed is not parametrised.
+one that is missing fails its tests, one not named and not installed is not parametrised. It may
+name transformers as well, which has no arrays of its own: see `needed`.
 """
 
 import functools
 import importlib
+import importlib.util
 import os
 
 import numpy as np
@@ -157,6 +159,15 @@ class Missing:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {self.name}, but: {self.error}")
+
+
+def needed(package):
+    """Skips the test where a package is not installed, and fails it where it was asked for."""
+    if importlib.util.find_spec(package) is not None:
+        return
+    if package in REQUIRED:
+        pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {package}, which is not installed")
+    pytest.skip(f"{package} is not installed")
 
 
 def _numpy_dtype(name):
