@@ -49,6 +49,22 @@ def test_what_contents_show_is_an_error_of_the_run(arrays, call, name, wrong, me
         arrays.jax.block_until_ready(run(**given))
 
 
+def test_a_result_parted_from_its_argument_holds_what_that_held(arrays):
+    structure = arrays.jax.tree.structure
+
+    def add_to_first(cache, x, stream):
+        cache[0] += x[0]
+
+    trees = map(structure, ({"cache": 0}, {"x": 0}, {}))
+    run = jax_ops()._callback(add_to_first, *trees, ())
+    cache, result = np.arange(4.0), np.full(4, np.nan)
+    run(None, [result], cache, np.array([5.0]))
+    assert result.tolist() == [5, 1, 2, 3]
+    assert cache.tolist() == [0, 1, 2, 3]
+    run(None, [result], result, np.array([1.0]))
+    assert result.tolist() == [6, 1, 2, 3]
+
+
 def test_older_versions_are_named(arrays, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax.experimental.buffer_callback", None)
     monkeypatch.delitem(sys.modules, "cupy_paged.interop.jax_ops", raising=False)

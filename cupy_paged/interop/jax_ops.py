@@ -46,12 +46,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import cupy_paged
+from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array, array, is_array, location, meta
 from cupy_paged.attention import attend
 from cupy_paged.attention_checks import SparseArguments, check_call, check_out
 from cupy_paged.attention_gpu import workspace_bytes
 from cupy_paged.block_ops import check_layers
 from cupy_paged.compiler import loading_beside_captures
+from cupy_paged.dtypes import itemsize
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
@@ -467,6 +469,8 @@ def _callback(
         stream = None if on_host else context.stream
         lent = [_on_host(x) if on_host else _on_device(x, stream) for x in (*results, *operands)]
         split, start = written.num_leaves, len(results)
+        for target, source in zip(lent[:split], lent[start : start + split], strict=True):
+            _take_over(target, source, stream)
         given = {
             **jax.tree.unflatten(written, lent[:split]),
             **jax.tree.unflatten(made, lent[split:start]),
@@ -491,6 +495,21 @@ def _on_device(buffer: Any, stream: int) -> Array:
     So nobody has to be waited for, nor to be kept.
     """
     return array(buffer, "buffer", stream)._replace(owner=None, framework="xla")
+
+
+def _take_over(target: np.ndarray | Array, source: np.ndarray | Array, stream: int | None) -> None:
+    """Gives a result what its argument holds, where they are not the one buffer that was asked for.
+
+    XLA parts them where it lets a call read and write slices of larger arrays in place, as in the
+    loop that jax.vmap makes.
+    """
+    if isinstance(target, np.ndarray):
+        if target.ctypes.data != source.ctypes.data:
+            target[...] = source
+    elif target.pointer != source.pointer:
+        size = math.prod(target.shape) * itemsize(target.dtype)
+        whole = target.pointer, size, source.pointer, size, size, 1
+        gpu.copy_rows(target.device, stream, *whole)
 
 
 def _joined(halves: np.ndarray | Array) -> np.ndarray | Array:
