@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_paged import gpu, in_flight
+from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array, array
 from cupy_paged.dtypes import STORAGE
 from cupy_paged.streams import current
@@ -101,11 +101,7 @@ def scratch_maker(framework: str, device: int, beside: Any, num_bytes: int) -> M
 
 
 def hand_over(made: Array, stream: int) -> Any:
-    """The array that `empty` made, as its framework's own type.
-
-    JAX lets go of memory that it borrowed as soon as the reading is queued, and CuPy's pool lends
-    it again for another stream than the one that reads. So JAX gets a copy that is its own.
-    """
+    """The array that `empty` made, as its framework's own type."""
     if made.framework != "jax":
         return made.owner
     import jax
@@ -113,29 +109,7 @@ def hand_over(made: Array, stream: int) -> Any:
     if made.device is HOST:
         return jax.numpy.asarray(made.owner)
     with gpu.using(made.device, stream):
-        borrowed = jax.dlpack.from_dlpack(made.owner)
-        copied, last = _jax_copy()(borrowed)
-    in_flight.keep_until(_JaxEvent(last), [borrowed])
-    return copied
-
-
-@functools.cache
-def _jax_copy() -> Callable[[Any], tuple[Any, Any]]:
-    """Copies an array; what comes beside the copy is ready with it, and nobody else's to delete."""
-    import jax
-
-    return jax.jit(lambda x: (jax.numpy.copy(x), jax.numpy.zeros(())))
-
-
-class _JaxEvent:
-    """Done when an array of JAX is ready."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    @property
-    def done(self) -> bool:
-        return self._array.is_ready()
+        return jax.dlpack.from_dlpack(made.owner)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,15 @@
 """Arrays that a stream cannot be told about live until the work on them is done, and no longer."""
 
-import contextlib
 import subprocess
 import sys
 import threading
 import weakref
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from cupy_paged import gpu, in_flight, results
+from cupy_paged import gpu, in_flight
 from cupy_paged.arrays import Array
 from cupy_paged.streams import ordered
-from support import compare, frameworks
-from support.bad_calls import off_by
 from support.fake_cupy import FakeCuPy
 from support.receipt import ROOT
 
@@ -116,34 +111,6 @@ def test_threads(fake, monkeypatch):
     assert not failures
     run_op(framework="cupy")
     assert in_flight._queues == {}
-
-
-@pytest.mark.parametrize(
-    "arrays", [a for a in frameworks.host() if a.name == "jax"], ids=lambda arrays: arrays.name
-)
-def test_jax_gets_a_copy_of_a_result_which_lives_until_it_is_copied(fake, monkeypatch, arrays):
-    monkeypatch.setattr(gpu, "using", lambda device, stream: contextlib.nullcontext())
-    is_ready = False
-    monkeypatch.setattr(results._JaxEvent, "done", property(lambda event: is_ready))
-    memory = off_by(0)(np.arange(6, dtype=np.float16).reshape(2, 3))
-    made = Array("out", memory, "jax", "float16", (2, 3), (3, 1), 0x1000, 0, True)
-    result = results.hand_over(made, 7)
-    assert arrays.owns(result)
-    assert result.unsafe_buffer_pointer() != memory.ctypes.data
-    compare.bitwise(arrays.numpy(result), memory)
-    result.delete()  # a caller may donate it
-    in_flight.release_finished(0, 7)
-    ((_, (borrowed,)),) = next(iter(in_flight._queues.values()))
-    assert borrowed.unsafe_buffer_pointer() == memory.ctypes.data
-    del borrowed
-    is_ready = True
-    in_flight.release_finished(0, 7)
-    assert not in_flight._queues
-
-
-@pytest.mark.parametrize("is_ready", [False, True])
-def test_an_event_of_jax_is_done_when_its_array_is_ready(is_ready):
-    assert results._JaxEvent(SimpleNamespace(is_ready=lambda: is_ready)).done == is_ready
 
 
 LEFT_AT_EXIT = """
