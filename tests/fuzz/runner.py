@@ -26,7 +26,7 @@ from support.data import Case
 from support.receipt import ROOT
 
 PROGRESS = 10  # seconds between two lines of it
-LOST = "CUDARuntimeError", "CUDADriverError", "AcceleratorError", "XlaRuntimeError"
+LOST = "CUDARuntimeError", "CUDADriverError", "AcceleratorError", "JaxRuntimeError"
 """Errors after which a process may have lost its device, and with it all cases that follow."""
 
 
