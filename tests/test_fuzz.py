@@ -54,7 +54,7 @@ def test_a_wrong_token_is_found_and_can_be_run_again(monkeypatch, capsys):
     assert len(found) >= 10
     seed, case = found[0].seed, found[0].case
     assert str(found[0]).startswith(f"FAILED  python -m tests.fuzz --seed {seed} --case {case}  #")
-    with pytest.raises(AssertionError):
+    with pytest.raises(runner.CaseError, match="attention of "):
         runner.main(["--seed", str(seed), "--case", str(case), "--device", "host"])
     assert runner.main(["--cases", str(case + 1), "--device", "host"]) == 1
     log = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -21,13 +21,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from fuzz import attention, moves, space
-from support import device, frameworks
+from support import device, frameworks, receipt
 from support.data import Case
-from support.receipt import ROOT
 
 PROGRESS = 10  # seconds between two lines of it
 LOST = "CUDARuntimeError", "CUDADriverError", "AcceleratorError", "JaxRuntimeError"
 """Errors after which a process may have lost its device, and with it all cases that follow."""
+
+
+class CaseError(Exception):
+    """A case went wrong, by the error that caused this one."""
+
+    def __init__(self, what: str, cause: Exception) -> None:
+        message = " ".join(str(cause).split())[:500]
+        super().__init__(what, f"{type(cause).__name__}: {message}")
+        self.what, self.error = self.args
+        self.is_device_lost = type(cause).__name__ in LOST
 
 
 class Failure(NamedTuple):
@@ -49,7 +58,7 @@ def adapters(on: str) -> list[Any]:
 
 
 def run_case(seed: int, case: int, on: str) -> str:
-    """Runs one case; returns what it is. Raises what goes wrong, with a note of what it was."""
+    """Runs one case; returns what it is. Raises CaseError."""
     chosen, rng = space.of_case(seed, case)
     template = chosen.template
     present = adapters(on)
@@ -68,8 +77,7 @@ def run_case(seed: int, case: int, on: str) -> str:
         else:
             moves.CHECKS[chosen.kind](template, arrays, rng)
     except Exception as error:
-        error.what = what
-        raise
+        raise CaseError(what, error) from error
     return what
 
 
@@ -83,10 +91,9 @@ def run_cases(seed: int, cases: Iterable[int], on: str) -> Iterator[Failure | No
     for case in cases:
         try:
             run_case(seed, case, on)
-        except Exception as error:
-            message = " ".join(str(error).split())[:500]
-            yield Failure(seed, case, error.what, f"{type(error).__name__}: {message}")
-            if type(error).__name__ in LOST:
+        except CaseError as error:
+            yield Failure(seed, case, error.what, error.error)
+            if error.is_device_lost:
                 return
         else:
             yield None
@@ -125,7 +132,11 @@ def run_worker(tally: Tally, options: argparse.Namespace, number: int) -> None:
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        list(map(str, command)),
+        cwd=receipt.ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stdout:
             said = json.loads(line)
@@ -188,6 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         "failures": [failure._asdict() for failure in tally.failures],
         "specialisations": min(options.cases, space.NUM_SPECIALISATIONS),
         "device": device_name(options.device),
+        "sources": receipt.digest(),
         "seconds": round(tally.seconds, 1),
     }
     print(json.dumps(log))

@@ -7,7 +7,6 @@ from mutants.mutant import Mutant
 SUITE = "tests/gpu/test_attention.py::TestAttention"
 OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
 ORACLE = "tests/gpu/test_attention.py::test_matches_oracle"
-OLDER_ORACLE = "tests/gpu/test_attention.py::test_matches_oracle_on_the_paths_of_older_chips"
 LONG = "tests/gpu/test_attention.py::test_needles_in_long_contexts"
 BITWISE = "tests/gpu/test_bitwise.py"
 
@@ -125,11 +124,18 @@ MUTANTS = (
         SUITE,
     ),
     Mutant(
-        "a KV head is its neighbour",
-        "kernels/pieces.cuh",
-        "piece.kv_head = part / p.tiles_per_group;",
-        "piece.kv_head = p.num_kv_heads - 1 - part / p.tiles_per_group;",
+        "keys are those of the next KV head, tensor cores",
+        "kernels/fetcher.cuh",
+        "(p.key_strides, block, piece.kv_head, offset, 0);",
+        "(p.key_strides, block, (piece.kv_head + 1) % p.num_kv_heads, offset, 0);",
         SUITE,
+    ),
+    Mutant(
+        "values are those of the next KV head, CUDA cores",
+        "kernels/paged_attention.cu",
+        "            from.stride = p.value_strides;\n",
+        "            from.stride = p.value_strides;\n            from.kv_head = (kv_head + 1) % p.num_kv_heads;\n",
+        OLDER_CHIPS,
     ),
     Mutant(
         "log-sum-exp to base 2",
@@ -157,14 +163,14 @@ MUTANTS = (
         "kernels/masks.cuh",
         "(params.tp_rank * params.num_heads + head) * step + 1",
         "head * step + 1",
-        OLDER_ORACLE,
+        ORACLE,
     ),
     Mutant(
         "the newest local block is left out",
         "kernels/masks.cuh",
         "return block > newest_block - params.sparse_local_blocks ||",
         "return block > newest_block - params.sparse_local_blocks + 1 ||",
-        OLDER_ORACLE,
+        ORACLE,
     ),
     Mutant(
         "tokens past the end are not masked, CUDA cores",
@@ -185,7 +191,7 @@ MUTANTS = (
         "kernels/paged_attention.cu",
         "if (Mask::BY_HEAD && weight[j] == 0.0f) continue;",
         "",
-        OLDER_ORACLE,
+        SUITE,
     ),
     Mutant(
         "dead values of a row are fetched, tensor cores",
@@ -220,7 +226,7 @@ MUTANTS = (
         "kernels/paged_attention.cu",
         "            wait_for_copies();\n            __syncthreads();\n            if (STAGES > 1",
         "            __syncthreads();\n            if (STAGES > 1",
-        OLDER_CHIPS,
+        SUITE,
     ),
     Mutant(
         "sums are not rescaled to a new maximum, CUDA cores",
@@ -325,7 +331,7 @@ MUTANTS = (
         "kernels/sinks.cuh",
         "p.exp_sums[slot] = sum == 0.0f ? float(num_tokens) : sum;",
         "p.exp_sums[slot] = sum;",
-        OLDER_CHIPS,
+        SUITE,
     ),
     Mutant(
         "out is written by the query's stride, tensor cores",

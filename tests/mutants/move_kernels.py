@@ -4,11 +4,13 @@
 
 from mutants.mutant import Mutant
 
-MOVES = "tests/gpu/test_block_ops.py"
+COPIES = "tests/gpu/test_block_ops.py::TestCopyBlocks"
 SWAPS = "tests/gpu/test_block_ops.py::TestSwapBlocks"
+GATHERS = "tests/gpu/test_block_ops.py::TestGather"
+LAYOUTS = "tests/gpu/test_block_ops.py::TestLayout"
 MERGE = "tests/gpu/test_merge.py"
 MLA = "tests/gpu/test_block_ops.py::TestMla"
-WRITES = "tests/gpu/test_cache_ops.py"
+WRITES = "tests/gpu/test_cache_ops.py::TestCacheOps"
 
 MUTANTS = (
     Mutant(
@@ -51,21 +53,21 @@ MUTANTS = (
         "kernels/copy_blocks.cu",
         "(p.block_bytes + COPY_UNIT<WIDTH> - 1) / COPY_UNIT<WIDTH>",
         "p.block_bytes / COPY_UNIT<WIDTH>",
-        MOVES,
+        COPIES,
     ),
     Mutant(
         "pairs from the host are read past their layer",
         "kernels/copy_blocks.cu",
         "p.pairs[copy / p.num_pools]",
         "p.pairs[copy % p.num_pairs]",
-        MOVES,
+        COPIES,
     ),
     Mutant(
         "32-bit offset of a copied block",
         "kernels/copy_blocks.cu",
         "pool.blocks + source * pool.stride",
         "pool.blocks + int(source * pool.stride)",
-        MOVES,
+        "tests/gpu/test_block_ops.py::test_copies_and_swaps_past_two_to_the_31_elements",
     ),
     Mutant(
         "a launch's first blocks go to and from the host again and again",
@@ -86,49 +88,49 @@ MUTANTS = (
         "kernels/gather_cache.cu",
         "(p.seq_starts ? p.seq_starts[seq] : 0)",
         "0",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "a token on a sequence's edge goes to its neighbour",
         "kernels/gather_cache.cu",
         "if (p.cu_seq_lens[middle] <= token) seq = middle;",
         "if (p.cu_seq_lens[middle] < token) seq = middle;",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "k_scale in place of v_scale, gathered values",
         "kernels/gather_cache.cu",
         "p.v_scale_array ? *p.v_scale_array : p.v_scale",
         "p.k_scale_array ? *p.k_scale_array : p.k_scale",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "rows past the end are gathered",
         "kernels/gather_cache.cu",
         "token >= p.num_tokens || ",
         "",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "tiles after the first of a block are not converted",
         "kernels/convert_layout.cu",
         "return first_token + token < BLOCK_SIZE;",
         "return first_token + token < TOKENS;",
-        MOVES,
+        LAYOUTS,
     ),
     Mutant(
         "the values' last channels are not turned",
         "kernels/token_moves.cuh",
         "begin + channel >= HEAD_SIZE",
         "begin + channel >= HEAD_SIZE / 64 * 64",
-        MOVES,
+        LAYOUTS,
     ),
     Mutant(
         "the rotary key is read from its second element",
         "kernels/concat_and_cache_mla.cu",
         "rotary + (i - p.kv_lora_rank)",
         "rotary + (i - p.kv_lora_rank + 1)",
-        MOVES,
+        MLA,
     ),
     Mutant(
         "a merged log-sum-exp to base 2",
@@ -212,49 +214,49 @@ MUTANTS = (
         "kernels/convert_fp8.cu",
         "is_float8<Output> ? x / scale : x * scale",
         "is_float8<Output> ? x / scale : x",
-        WRITES,
+        "tests/gpu/test_cache_ops.py::TestConvert",
     ),
     Mutant(
         "float8 elements of the first round alone are converted",
         "kernels/convert_fp8.cu",
         "i < p.num_elements; i += step) {",
         "i < min(p.num_elements, step - 1); i += step) {",
-        WRITES,
+        "tests/gpu/test_cache_ops.py::TestConvert",
     ),
     Mutant(
         "the last access of a block is left out",
         "kernels/block_copy.cuh",
         "if (at < block_bytes) store_bytes<WIDTH>(to + at, bytes[i]);",
         "if (at < block_bytes - WIDTH) store_bytes<WIDTH>(to + at, bytes[i]);",
-        MOVES,
+        COPIES,
     ),
     Mutant(
         "negative blocks are copied from",
         "kernels/copy_blocks.cu",
         "if (source < 0 || source >= p.num_blocks ||",
         "if (source < -1 || source >= p.num_blocks ||",
-        MOVES,
+        COPIES,
     ),
     Mutant(
         "a table's stride is its width",
         "kernels/gather_cache.cu",
         "p.block_tables[seq * p.table_stride + position / BLOCK_SIZE]",
         "p.block_tables[seq * (p.max_num_blocks_per_seq - 1) + position / BLOCK_SIZE]",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "a turned tile is read before it is written",
         "kernels/token_moves.cuh",
         "                    if (i < READS) column[j * Tile::PITCH] = held[k].element[j];\n            }\n            __syncthreads();\n",
         "                    if (i < READS) column[j * Tile::PITCH] = held[k].element[j];\n            }\n",
-        MOVES,
+        LAYOUTS,
     ),
     Mutant(
         "gathered float8 loses its scale",
         "kernels/token_moves.cuh",
         "from_float<Target>(to_float(in.element[i]) * scale);",
         "from_float<Target>(to_float(in.element[i]));",
-        MOVES,
+        GATHERS,
     ),
     Mutant(
         "a latent goes into its neighbour's block",
