@@ -9,10 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mutants import apply
 from support import device, receipt
-
-apply.from_environment()
 
 # JAX would take most of the device's memory for itself, and several test processes share it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

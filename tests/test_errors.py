@@ -486,6 +486,18 @@ def off_by_a_row(given):
     return {"query": memory[:-1], "out": memory[1:]}
 
 
+def a_row_before(name):
+    """An output and a side of a merge in one buffer, one row apart."""
+    memory = halves(7, 4, 64)
+    return {"output": memory[:-1], name: memory[1:]}
+
+
+def halves_of_one():
+    """Two arrays [4, 6] that have a row in common."""
+    memory = np.zeros((7, 6), np.float32)
+    return memory[:4], memory[3:]
+
+
 # Not repeated by `test_prepared`: calls alike, but for addresses, are not checked again.
 INTO_OUT = [
     ("out is query", lambda g: {"out": g["query"]}, ValueError, "^out: shares memory with query"),
@@ -506,6 +518,15 @@ INTO_CACHES = [
     ("v_scale is in value_cache", lambda g: {"v_scale": ones_in(g["value_cache"])}, ValueError, "^value_cache: shares memory with v_scale"),
 ]  # fmt: skip
 
+INTO_SIDES = [
+    ("output is a row before prefix_output", lambda _: a_row_before("prefix_output"), ValueError, "^output: shares memory with prefix_output"),
+    ("output is a row before suffix_output", lambda _: a_row_before("suffix_output"), ValueError, "^output: shares memory with suffix_output"),
+    ("output_lse is in output", lambda g: {"output_lse": g["output"].reshape(-1)[:48].view(np.float32).reshape(4, 6)}, ValueError, "^output(_lse)?: shares memory with output"),
+    ("suffix_lse is in output", lambda g: {"suffix_lse": g["output"].reshape(-1)[:48].view(np.float32).reshape(4, 6)}, ValueError, "^output: shares memory with suffix_lse"),
+    ("output_lse is half of prefix_lse", lambda _: dict(zip(("output_lse", "prefix_lse"), halves_of_one(), strict=True)), ValueError, "^output_lse: shares memory with prefix_lse"),
+    ("codes replace their floats", lambda g: {"output": g["prefix_output"].reshape(-1)[:768].view(np.uint8).reshape(6, 4, 64), "output_scale": 1.0}, ValueError, "^output: shares memory with prefix_output"),
+]  # fmt: skip
+
 INTO_CODES = [
     ("output is in input", lambda g: {"output": g["input"].reshape(-1)[:12].view(np.uint8).reshape(3, 8)}, ValueError, "^output: shares memory with input"),
     ("scale is in output", lambda g: {"scale": g["output"].reshape(-1)[:4].view(np.float32)}, ValueError, "^output: shares memory with scale"),
@@ -515,6 +536,7 @@ OVERLAPS = [
     *(row for name in ("", "_v1", "_v2") for row in table(f"paged_attention{name}", *INTO_OUT)),
     *(row for name in ("", "_flash") for row in table(f"reshape_and_cache{name}", *INTO_CACHES)),
     *table("convert_fp8", *INTO_CODES),
+    *table("merge_attn_states", *INTO_SIDES),
 ]
 
 
@@ -527,7 +549,12 @@ def test_the_good_call_is_good(operator):
 def test_a_bad_call_is_refused_and_writes_nothing(bad):
     given = GOOD[bad.operator]()
     given.update(bad.change(given))
-    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    arrays = {
+        f"{name} {i}": value
+        for name, values in given.items()
+        for i, value in enumerate(values if isinstance(values, list) else [values])
+        if isinstance(value, np.ndarray)
+    }
     before = {name: value.copy() for name, value in arrays.items()}
     with pytest.raises(bad.error, match=bad.message) as caught:
         getattr(cupy_paged, bad.operator)(**given)

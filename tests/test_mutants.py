@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from mutants import runner
+from cupy_paged import compiler
+from mutants import apply, runner
 from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, Mutant
 
@@ -61,6 +62,21 @@ def test_the_runner_tells_them_apart(mutant, verdict, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{verdict:8}  {mutant.fault}" in said
     assert f"{int(is_killed)} of 1 mutants killed" in said
+
+
+@pytest.mark.parametrize("file", ["masks.cuh", "combine_partitions.cu"])
+def test_a_kernel_is_compiled_from_the_changed_text(file, monkeypatch):
+    mutant = next(mutant for mutant in MUTANTS if mutant.file == f"kernels/{file}")
+    monkeypatch.setattr(compiler, "kernel_dir", compiler.kernel_dir)  # to have it back
+    compiler.flatten.cache_clear()
+    top = "paged_attention.cu" if file.endswith("h") else file
+    before = compiler.flatten(top)
+    apply._change_kernel(mutant)
+    compiler.flatten.cache_clear()
+    try:
+        assert compiler.flatten(top) == before.replace(mutant.old, mutant.new) != before
+    finally:
+        compiler.flatten.cache_clear()
 
 
 def test_the_runner_asks_first_whether_tests_pass_without_a_mutant(monkeypatch, capsys):

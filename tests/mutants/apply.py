@@ -1,4 +1,7 @@
-"""Puts a mutant's text in the place of the source that this process imports or compiles."""
+"""Puts a mutant's text in the place of the source that a process of tests imports or compiles.
+
+A plugin of pytest, which the runner names on the command line.
+"""
 
 import atexit
 import importlib.abc
@@ -17,14 +20,11 @@ VARIABLE = "CUPY_PAGED_TEST_MUTANT"
 """Holds the fields of a mutant, as a JSON list."""
 
 
-def from_environment() -> None:
-    """Applies the mutant that the environment names, before anything of the package is imported."""
-    named = os.environ.get(VARIABLE)
-    if named is None:
-        return
+def pytest_load_initial_conftests() -> None:
+    """Applies the mutant of the environment, before anything of the package is imported."""
     loaded = [name for name in sys.modules if name.partition(".")[0] == "cupy_paged"]
     assert not loaded, f"{VARIABLE} comes too late, imported already: {loaded}"
-    mutant = Mutant(*json.loads(named))
+    mutant = Mutant(*json.loads(os.environ[VARIABLE]))
     if mutant.file.startswith("kernels/"):
         _change_kernel(mutant)
     else:

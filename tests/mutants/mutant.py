@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
 GPU_TESTS = "tests/gpu/"
 
 

@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from mutants import apply
 from mutants.apply import VARIABLE
 from mutants.catalogue import MUTANTS
-from mutants.mutant import ROOT, Mutant
+from mutants.mutant import ROOT, TESTS, Mutant
 from support import device
 
 TIMEOUT = 300  # seconds; a kernel that waits for what never comes is found out, too
@@ -45,7 +46,9 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> Result:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"CUPY_PAGED_RECEIPT": os.devnull}
     if mutant is not None:
-        environment[VARIABLE] = json.dumps(mutant)
+        command += ["-p", apply.__name__]
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {VARIABLE: json.dumps(mutant), "PYTHONPATH": os.pathsep.join(paths)}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
