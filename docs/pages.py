@@ -11,7 +11,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 
 PAGES = [
-    "index", "cupy", "torch", "jax", "dlpack", "vllm", "streams", "numerics", "PERFORMANCE",
+    "index", "cupy", "torch", "jax", "dlpack", "vllm", "streams", "numerics", "RELIABILITY",
+    "PERFORMANCE",
 ]  # fmt: skip
 """The Markdown files of this folder."""
 
