@@ -47,7 +47,9 @@ def draw(template: Case, rng: np.random.Generator) -> Problem:
 
 def _lengths(template: Case, rng: np.random.Generator) -> tuple[int, ...]:
     width = template.num_kv_heads * template.head_size
-    if width <= 128 and template.group <= 16 and rng.random() < LONG_CASES:
+    # A bias of a thousand leaves float32 logits as far apart as results may be off.
+    may_be_long = width <= 128 and template.group <= 16 and not template.alibi
+    if may_be_long and rng.random() < LONG_CASES:
         long = int(rng.choice(LONG)) + int(rng.integers(-40, 40))
         return tuple(rng.permutation([long, int(rng.integers(100))]).tolist())
     longest = max(min(MAX_ELEMENTS // width, 3000), 40)
