@@ -79,7 +79,7 @@ def paged_attention(
     max_seq_len      upper bound on seq_lens; bounds scratch memory where block_tables is wide
     blocksparse_*,   vLLM's block-sparse attention (cupy_paged.masks.BlockSparse), used where
     tp_rank          blocksparse_vert_stride > 1
-    out              like query; allocated in the query's framework if None
+    out              like query, in memory of its own; allocated in the query's framework if None
     return_lse       also return lse, float32 [num_seqs, num_heads], natural logarithm
     stream           CUDA stream to run on; by default the current one of the query's framework
 

@@ -176,13 +176,14 @@ def _mask(sparse: SparseArguments, block_size: int) -> BlockSparse | None:
 
 
 def check_out(call: Call, out: Any) -> Array:
-    """The caller's output."""
+    """The caller's output, which shares no memory with what the call reads."""
     target = array(out, "out", call.stream)
     checks.is_writable(target, _INTO_NEW)
     checks.same_place([target], call.query)
     checks.is_shape(target, call.query.shape, "the shape of query")
     checks.is_dtype(target, call.query.dtype)
     checks.is_packed(target, 2)
+    checks.are_apart([target], call.arrays)
     return target
 
 

@@ -69,7 +69,7 @@ def reshape_and_cache(
     key, value       [num_tokens, num_kv_heads, head_size], float16, bfloat16 or float32; tokens and
                      heads may be any distance apart; may have more tokens than slot_mapping
     key_cache,       of the same dtype, or fp8, in layout "vllm" (see cupy_paged.layouts);
-    value_cache      written in place, so not JAX's
+    value_cache      written in place, so not JAX's; in memory of their own
     slot_mapping     int64 [num_tokens], block * block_size + offset; negative: skip the token. A
                      slot past the end of the cache is an IndexError on the host, and is skipped on
                      a GPU
@@ -106,13 +106,16 @@ def reshape_and_cache_flash(
 
     >>> import numpy as np
     >>> key = value = np.ones((2, 1, 8), np.float32)
-    >>> key_cache = value_cache = np.zeros((3, 4, 1, 8), np.float32)  # 3 blocks of 4 tokens
+    >>> key_cache, value_cache = np.zeros((2, 3, 4, 1, 8), np.float32)  # 3 blocks of 4 tokens
     >>> slot_mapping = np.array([5, -1])
     >>> reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, "auto", 1.0, 1.0)
     >>> np.argwhere(key_cache[..., 0, 0]).tolist()
     [[1, 1]]
 
-    Arguments and errors as in `reshape_and_cache`.
+    layout    that of vLLM's op, "NHD", if not given. Caches in "HND" with as many KV heads as
+              tokens in a block have the same shape: nobody can see then that it was left out
+
+    Other arguments and errors as in `reshape_and_cache`.
     """
     if layout not in ("NHD", "HND"):
         raise ValueError(
@@ -202,6 +205,7 @@ def _reshape_and_cache(
         raise ValueError(
             f"slot_mapping: {slots.shape[0]} slots for key's {key.shape[0]} tokens, needs no more"
         )
+    checks.are_apart(caches, [key, value, *given[4:]])
     if slots.shape[0] == 0 or key.device == META:
         return
     if checked_mode.is_on():
@@ -315,6 +319,7 @@ def convert_fp8(
         checks.is_packed(a)
     if kv_dtype not in FP8:
         raise ValueError(f"kv_dtype: unknown {kv_dtype!r}, needs one of {', '.join(FP8)}")
+    checks.are_apart([target], [a for a in (source, scale) if isinstance(a, Array)])
     codes, floats = (target, source) if source.dtype in FLOATS else (source, target)
     checks.is_dtype(floats, *FLOATS)
     checks.is_dtype(codes, "uint8", FP8[kv_dtype])

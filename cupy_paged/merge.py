@@ -78,7 +78,8 @@ def merge_attn_states(
     (0.5, 0.6931)
 
     output           [num_tokens, num_heads, head_size], of the inputs' dtype, or float8_e4m3fn (or
-                     uint8) with `output_scale`; None to have it allocated and returned
+                     uint8) with `output_scale`; None to have it allocated and returned. May be
+                     one of the two sides, as output_lse may; else in memory of its own
     prefix_output,   [num_tokens, num_heads, head_size], float16, bfloat16 or float32
     suffix_output
     prefix_lse,      float32 [num_heads, num_tokens], natural logarithm, any strides; an infinite
@@ -150,6 +151,7 @@ def merge_attn_states(
             checks.is_writable(target_lse, _INTO_NEW)
             checks.is_shape(target_lse, lses[0].shape, "[num_heads, num_tokens]")
             checks.is_dtype(target_lse, "float32")
+        _replaces_or_is_apart([target, target_lse], [prefix, suffix, *lses, scale])
     target = target._replace(dtype=dtype)  # uint8 holds the same bits
 
     if math.prod(prefix.shape) and prefix.device != META:
@@ -176,6 +178,17 @@ def _check_output(target: Array, prefix: Array, scale: float | Array | None) -> 
     else:
         checks.is_dtype(target, prefix.dtype)
     return target
+
+
+def _replaces_or_is_apart(written: list[Array | None], read: list[Any]) -> None:
+    """Raises ValueError for a result that shares memory with an argument, but is not that one."""
+    arrays = [a for a in (*written, *read) if isinstance(a, Array)]
+
+    def place(a: Array) -> tuple[Any, ...]:
+        return a.pointer, a.dtype, a.shape, a.strides
+
+    for a in filter(None, written):
+        checks.are_apart([a], [other for other in arrays if place(other) != place(a)])
 
 
 def _merge_on_host(

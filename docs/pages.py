@@ -12,6 +12,7 @@ ROOT = DOCS.parent
 
 PAGES = [
     "index", "cupy", "torch", "jax", "dlpack", "vllm", "transformers", "streams", "numerics",
+    "RELIABILITY",
     "PERFORMANCE",
 ]  # fmt: skip
 """The Markdown files of this folder."""

@@ -473,22 +473,156 @@ BAD_CALLS = [
 ]
 
 
+def ones_in(array):
+    """A scale of 1 in the first bytes of an array."""
+    scale = array.reshape(-1)[:2].view(np.float32)
+    scale[0] = 1
+    return scale
+
+
+def off_by_a_row(given):
+    """A query and an out of one buffer, one row apart."""
+    memory = np.concatenate([given["query"], given["query"][:1]])
+    return {"query": memory[:-1], "out": memory[1:]}
+
+
+def a_row_before(name):
+    """An output and a side of a merge in one buffer, one row apart."""
+    memory = halves(7, 4, 64)
+    return {"output": memory[:-1], name: memory[1:]}
+
+
+def halves_of_one():
+    """Two arrays [4, 6] that have a row in common."""
+    memory = np.zeros((7, 6), np.float32)
+    return memory[:4], memory[3:]
+
+
+# Not repeated by `test_prepared`: calls alike, but for addresses, are not checked again.
+INTO_OUT = [
+    ("out is query", lambda g: {"out": g["query"]}, ValueError, "^out: shares memory with query"),
+    ("out is a row before query", off_by_a_row, ValueError, "^out: shares memory with query"),
+    ("out is in key_cache", lambda g: {"out": g["key_cache"].reshape(-1)[:512].reshape(2, 4, 64)}, ValueError, "^out: shares memory with key_cache"),
+    ("out is in value_cache", lambda g: {"out": g["value_cache"].reshape(-1)[-512:].reshape(2, 4, 64)}, ValueError, "^out: shares memory with value_cache"),
+    ("seq_lens is in out", lambda g: {"seq_lens": g["out"].reshape(-1)[-4:].view(np.int32)}, ValueError, "^out: shares memory with seq_lens"),
+    ("block_tables is in out", lambda g: {"block_tables": g["out"].reshape(-1)[:20].view(np.int32).reshape(2, 5)}, ValueError, "^out: shares memory with block_tables"),
+    ("alibi_slopes is in out", lambda g: {"alibi_slopes": g["out"].reshape(-1)[:8].view(np.float32)}, ValueError, "^out: shares memory with alibi_slopes"),
+    ("k_scale is in out", lambda g: {"k_scale": ones_in(g["out"])}, ValueError, "^out: shares memory with k_scale"),
+]  # fmt: skip
+
+INTO_CACHES = [
+    ("value_cache is key_cache", lambda g: {"value_cache": g["key_cache"].reshape(g["value_cache"].shape)}, ValueError, "^(key|value)_cache: shares memory with (key|value)_cache"),
+    ("key is in key_cache", lambda g: {"key": g["key_cache"].reshape(-1)[:640].reshape(5, 2, 64)}, ValueError, "^key_cache: shares memory with key,"),
+    ("value is in key_cache", lambda g: {"value": g["key_cache"].reshape(-1)[-640:].reshape(5, 2, 64)}, ValueError, "^key_cache: shares memory with value,"),
+    ("slot_mapping is in value_cache", lambda g: {"slot_mapping": g["value_cache"].reshape(-1)[:20].view(np.int64)}, ValueError, "^value_cache: shares memory with slot_mapping"),
+    ("v_scale is in value_cache", lambda g: {"v_scale": ones_in(g["value_cache"])}, ValueError, "^value_cache: shares memory with v_scale"),
+]  # fmt: skip
+
+INTO_SIDES = [
+    ("output is a row before prefix_output", lambda _: a_row_before("prefix_output"), ValueError, "^output: shares memory with prefix_output"),
+    ("output is a row before suffix_output", lambda _: a_row_before("suffix_output"), ValueError, "^output: shares memory with suffix_output"),
+    ("output_lse is in output", lambda g: {"output_lse": g["output"].reshape(-1)[:48].view(np.float32).reshape(4, 6)}, ValueError, "^output(_lse)?: shares memory with output"),
+    ("suffix_lse is in output", lambda g: {"suffix_lse": g["output"].reshape(-1)[:48].view(np.float32).reshape(4, 6)}, ValueError, "^output: shares memory with suffix_lse"),
+    ("output_lse is half of prefix_lse", lambda _: dict(zip(("output_lse", "prefix_lse"), halves_of_one(), strict=True)), ValueError, "^output_lse: shares memory with prefix_lse"),
+    ("codes replace their floats", lambda g: {"output": g["prefix_output"].reshape(-1)[:768].view(np.uint8).reshape(6, 4, 64), "output_scale": 1.0}, ValueError, "^output: shares memory with prefix_output"),
+]  # fmt: skip
+
+INTO_CODES = [
+    ("output is in input", lambda g: {"output": g["input"].reshape(-1)[:12].view(np.uint8).reshape(3, 8)}, ValueError, "^output: shares memory with input"),
+    ("scale is in output", lambda g: {"scale": g["output"].reshape(-1)[:4].view(np.float32)}, ValueError, "^output: shares memory with scale"),
+]  # fmt: skip
+
+OVERLAPS = [
+    *(row for name in ("", "_v1", "_v2") for row in table(f"paged_attention{name}", *INTO_OUT)),
+    *(row for name in ("", "_flash") for row in table(f"reshape_and_cache{name}", *INTO_CACHES)),
+    *table("convert_fp8", *INTO_CODES),
+    *table("merge_attn_states", *INTO_SIDES),
+]
+
+
 @pytest.mark.parametrize("operator", GOOD)
 def test_the_good_call_is_good(operator):
     getattr(cupy_paged, operator)(**GOOD[operator]())
 
 
-@pytest.mark.parametrize("bad", BAD_CALLS, ids=str)
+@pytest.mark.parametrize("bad", [*BAD_CALLS, *OVERLAPS], ids=str)
 def test_a_bad_call_is_refused_and_writes_nothing(bad):
     given = GOOD[bad.operator]()
     given.update(bad.change(given))
-    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    arrays = {
+        f"{name} {i}": value
+        for name, values in given.items()
+        for i, value in enumerate(values if isinstance(values, list) else [values])
+        if isinstance(value, np.ndarray)
+    }
     before = {name: value.copy() for name, value in arrays.items()}
     with pytest.raises(bad.error, match=bad.message) as caught:
         getattr(cupy_paged, bad.operator)(**given)
     assert type(caught.value) is bad.error
     for name, value in arrays.items():
         compare.bitwise(value, before[name], name)
+
+
+ARRAYS = [
+    (operator, name)
+    for operator, good in GOOD.items()
+    for name, value in good().items()
+    if isinstance(value, np.ndarray)
+]
+
+
+@pytest.mark.parametrize(("operator", "name"), ARRAYS)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("on the meta device", "torch device meta is not supported, needs cpu or cuda"),
+        ("sparse", "a torch tensor without strided memory.*needs a dense one"),
+        ("complex", "dtype complex64 is not supported, needs"),
+    ],
+)
+def test_a_torch_tensor_without_numbers_in_memory_is_refused(operator, name, wrong, message):
+    torch = pytest.importorskip("torch")
+    given = GOOD[operator]()
+    tensor = torch.from_numpy(given[name])
+    spoil = {
+        "on the meta device": lambda: tensor.to("meta"),
+        "sparse": tensor.to_sparse,
+        "complex": lambda: tensor.to(torch.complex64),
+    }
+    given[name] = spoil[wrong]()
+    with pytest.raises(TypeError, match=f"^{name}: {message}"):
+        getattr(cupy_paged, operator)(**given)
+
+
+@pytest.mark.parametrize(("operator", "name"), ARRAYS)
+def test_a_traced_jax_array_is_refused(operator, name):
+    jax = pytest.importorskip("jax")
+    given = GOOD[operator]()
+    given[name] = given[name].astype(np.float32)  # without 64-bit integers, which JAX warns of
+
+    def call(traced):
+        getattr(cupy_paged, operator)(**{**given, name: traced})
+
+    with pytest.raises(TypeError, match=f"^{name}: is being traced by jax.jit"):
+        jax.jit(call)(given[name])
+
+
+@pytest.mark.parametrize(("operator", "name"), ARRAYS)
+def test_a_mask_is_not_ignored(operator, name):
+    given = GOOD[operator]()
+    given[name] = np.ma.masked_array(given[name])
+    with pytest.raises(TypeError, match=f"^{name}: got MaskedArray, needs an array"):
+        getattr(cupy_paged, operator)(**given)
+
+
+def test_flash_caches_of_which_no_shape_tells_the_layout_are_vllms():
+    key, value = halves(1, 16, 64), halves(1, 16, 64, fill=2)
+    key_cache, value_cache = halves(3, 16, 16, 64, fill=7), halves(3, 16, 16, 64, fill=7)
+    caches = key_cache, value_cache
+    cupy_paged.reshape_and_cache_flash(key, value, *caches, np.array([18]), "auto", 1.0, 1.0)
+    for cache, row in zip(caches, (key, value), strict=True):
+        assert (cache[1, 2] == row[0]).all()
+        assert (cache == 7).sum() == cache.size - row.size
 
 
 @pytest.mark.parametrize("first", ["out", *ops.POSITIONAL])
@@ -505,8 +639,8 @@ def test_exchanged_arguments_give_short_messages(first):
 
 def test_the_table_is_long():
     # Counted without those that only repeat a row for another operator of the same checks.
-    distinct = {(bad.wrong, bad.message) for bad in BAD_CALLS}
-    assert len(distinct) >= 100
+    distinct = {(bad.wrong, bad.message) for bad in [*BAD_CALLS, *OVERLAPS]}
+    assert len(distinct) >= 500
 
 
 def test_a_missing_argument_is_named():

@@ -202,6 +202,14 @@ def test_longest_unused_goes_first_and_the_end_before_the_beginning():
     assert pool.add([0, 1, 2]).num_cached == 2
 
 
+def test_one_block_too_few_costs_a_kept_prefix_its_end_alone():
+    pool = SequencePool(4, 2)
+    pool.free(written(pool, range(6)))
+    pool.free(pool.add([99] * 3))
+    assert pool.statistics.evictions == 1
+    assert pool.add(range(7)).num_cached == 4
+
+
 def test_fork_copies_the_last_block_when_one_of_the_two_goes_on():
     copies = []
     pool = SequencePool(8, 4, copy=lambda *pair: copies.append(pair))

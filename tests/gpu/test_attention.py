@@ -115,6 +115,7 @@ class TestAttentionOnOlderChips:
     test_poison = AttentionSuite.test_dead_slots_and_wild_ids_change_nothing
     test_large_logits = AttentionSuite.test_large_logits
     test_rows_without_tokens = AttentionSuite.test_rows_without_tokens_are_zero
+    test_rows_too_long = AttentionSuite.test_rows_longer_than_their_table_are_nan
     test_nan = AttentionSuite.test_nan_stays_with_its_row_and_head
 
     @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
-from support import compare, ops
+from support import compare, ops, oracle
 from support.data import DTYPES, Case, build, edges, needles, write
 from support.oracle import BlockSparse
 
@@ -154,6 +154,25 @@ class AttentionSuite:
         problem = build(Case(sparse=sparse, seq_lens=(300, 33, 16), group=3))
         assert (problem.expected_partitions(32, 11).max_logits < -1e38).any()
         ops.check_scratch(problem, arrays, 32, 11)
+
+    @pytest.mark.parametrize("layout", ["vllm", "HND"])
+    def test_nan_that_block_sparsity_hides_from_a_head(self, arrays, layout):
+        sparse = BlockSparse(1, 4, 16, 1)
+        case = Case(layout=layout, sparse=sparse, num_kv_heads=1, group=4, seq_lens=(200,))
+        clean = build(case)
+        caches, token = (clean.key_cache.copy(), clean.value_cache.copy()), 100
+        nan = np.full((1, 1, 64), np.nan, np.float16)
+        write(case, *caches, clean.block_tables[0], token, nan, nan)
+        problem = replace(clean, key_cache=caches[0], value_cache=caches[1])
+        sees = [oracle.attended(200, head, 4, 1, 16, sparse)[token] for head in range(4)]
+        assert any(sees) and not all(sees)
+        for call in ops.paged_attention, ops.paged_attention_v1:
+            found, expected = call(problem, arrays)[0][0], call(clean, arrays)[0][0]
+            for head in range(4):
+                if sees[head]:
+                    assert np.isnan(found[head]).all()
+                else:
+                    compare.bitwise(found[head], expected[head], f"head {head}")
 
     def test_block_sparsity_that_leaves_no_token(self, arrays):
         problem = build(Case(sparse=BlockSparse(0, 64, 16, 0), seq_lens=(100, 1, 0)))

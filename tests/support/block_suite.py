@@ -324,6 +324,23 @@ class GatherSuite:
         starts = np.repeat(np.arange(9), 9)
         self.check(arrays, rng, case, starts=starts.tolist(), lengths=[*range(9)] * 9)
 
+    @LAYOUTS
+    def test_rows_before_the_first_sequence_are_left_as_they_are(self, arrays, rng, layout):
+        case, lengths, first = Case(layout=layout), (20, 0, 7), 5
+        *caches, tables = gather_problem(case, (0, 0, 0), lengths, rng)
+        shape = first + sum(lengths) + 3, case.num_kv_heads, case.head_size
+        rows = [random_bits(rng, shape, np.float16) for _ in range(2)]
+        made = [arrays.array(owner) for owner in rows]
+        ends = (first + np.cumsum([0, *lengths])).astype(np.int32)
+        given = [arrays.array(x) for x in (*caches, tables, ends)]
+        cupy_paged.gather_cache(*made, *given, layout=layout)
+        tokens = oracle.gather_cache(
+            *caches, tables, lengths, (0, 0, 0), layout=layout, block_size=case.block_size
+        )
+        for got, owner, stored in zip(made, rows, tokens, strict=True):
+            owner[first : first + len(stored)] = stored
+            compare.bitwise(arrays.numpy(got), owner)
+
     def test_all_begin_at_the_first_token(self, arrays, rng):
         case, lengths = Case(), (33, 0, 5)
         *caches, tables = gather_problem(case, (0, 0, 0), lengths, rng)

@@ -18,7 +18,9 @@ RECEIPT = Path("tests/gpu_receipt.json")
 PENDING = Path("tests/GPU_PENDING")
 GPU_TESTS = Path("tests/gpu")
 
-VOUCHED_FOR = ("cupy_paged", "kernels", "tests/conftest.py", "tests/gpu", "tests/support")
+VOUCHED_FOR = (
+    "cupy_paged", "kernels", "tests/conftest.py", "tests/fuzz", "tests/gpu", "tests/support",
+)  # fmt: skip
 SUFFIXES = frozenset({".py", ".cu", ".cuh"})
 
 # Test id prefix -> why a skip there is expected.

@@ -1,0 +1,1 @@
+"""Random calls of every operator against the oracle: `python -m tests.fuzz`."""

@@ -1,0 +1,11 @@
+"""`python -m tests.mutants`: see runner.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
+
+from mutants.runner import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Runs the tests named for each mutant, which must fail with it and pass without any.
+
+    python -m tests.mutants              all of them; without a GPU, those that need none
+    python -m tests.mutants WORD ...     those whose fault or file has one of the words
+    python -m tests.mutants --workers N  so many test processes side by side
+
+Exits with 1 if a mutant survives, cannot be compiled, or is stale: then its text is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import enum
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mutants import apply
+from mutants.apply import VARIABLE
+from mutants.catalogue import MUTANTS
+from mutants.mutant import ROOT, TESTS, Mutant
+from support import device
+
+TIMEOUT = 300  # seconds; a kernel that waits for what never comes is found out, too
+NOT_COMPILED = "CompileException", "NVRTCError", "SyntaxError"
+
+
+class Verdict(enum.Enum):
+    KILLED = "killed"
+    SURVIVED = "SURVIVED"
+    INVALID = "INVALID"  # no fault of a program, but no program
+
+
+class Result(NamedTuple):
+    verdict: Verdict
+    why: str
+
+
+def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> Result:
+    """What tests say of a mutant; of the tree as it is, for None."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"CUPY_PAGED_RECEIPT": os.devnull}
+    if mutant is not None:
+        command += ["-p", apply.__name__]
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {VARIABLE: json.dumps(mutant), "PYTHONPATH": os.pathsep.join(paths)}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return Result(Verdict.KILLED, f"still running after {TIMEOUT} s")
+    if done.returncode == 0:
+        return Result(Verdict.SURVIVED, done.stdout.strip()[-300:])
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    is_invalid = not failed or any(word in done.stdout for word in NOT_COMPILED)
+    why = failed[0] if failed else (done.stdout + done.stderr).strip()[-300:]
+    return Result(Verdict.INVALID if is_invalid else Verdict.KILLED, why)
+
+
+def judge(mutant: Mutant) -> Result:
+    """Runs a mutant's tests, and prints what came of it."""
+    start = time.perf_counter()
+    try:
+        mutant.text()
+        result = run_tests([mutant.tests], mutant)
+    except ValueError as stale:
+        result = Result(Verdict.INVALID, str(stale))
+    seconds = time.perf_counter() - start
+    print(f"{result.verdict.value:8}  {mutant.fault}, {seconds:.0f} s: {result.why}", flush=True)
+    return result
+
+
+def files_that_fail(mutants: Iterable[Mutant], workers: concurrent.futures.Executor) -> list[str]:
+    """What is wrong with the tests of some mutants before anything is changed."""
+    by_file: dict[str, set[str]] = {}
+    for mutant in mutants:
+        by_file.setdefault(mutant.tests.partition("::")[0], set()).add(mutant.tests)
+    # A file's own name stands for all tests in it.
+    groups = [[file] if file in tests else sorted(tests) for file, tests in by_file.items()]
+    results = workers.map(run_tests, groups)
+    return [
+        f"{' '.join(tests)} fails without any mutant: {result.why}"
+        for tests, result in zip(groups, results, strict=True)
+        if result.verdict is not Verdict.SURVIVED
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants")
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    parser.add_argument("--workers", type=int, default=max(2, (os.cpu_count() or 1) // 3))
+    options = parser.parse_args(arguments)
+
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if not options.words or any(w in mutant.fault or w in mutant.file for w in options.words)
+    ]
+    if reason := device.missing():
+        left_out = sum(mutant.needs_gpu for mutant in chosen)
+        chosen = [mutant for mutant in chosen if not mutant.needs_gpu]
+        print(f"{left_out} mutants need a GPU, left out: {reason}")
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as workers:
+        if broken := files_that_fail(chosen, workers):
+            print("\n".join(broken))
+            return 1
+        results = list(workers.map(judge, chosen))
+    killed = sum(result.verdict is Verdict.KILLED for result in results)
+    print(f"{killed} of {len(chosen)} mutants killed")
+    return int(killed < len(chosen))
