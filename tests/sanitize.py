@@ -7,6 +7,7 @@ the sanitizer's status, which is not 0 if it found anything or a test failed.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -31,7 +32,9 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *GRID]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
+    status = subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
+    print(json.dumps({"sanitizer": {tool: "findings" if status else "0"}}))
+    return status
 
 
 if __name__ == "__main__":

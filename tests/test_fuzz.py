@@ -81,7 +81,7 @@ def test_workers_share_all_cases(capsys):
     assert runner.main(["--cases", "40", "--device", "host", "--workers", "2"]) == 0
     log = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (log["cases"], log["not_run"], log["failures"]) == (40, 0, [])
-    assert (log["seed"], log["device"]) == (0, "host")
+    assert (log["seed"], log["device"]) == (0, "CPU")
 
 
 def test_a_worker_that_dies_is_no_success(monkeypatch, capsys):

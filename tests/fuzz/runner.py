@@ -152,14 +152,6 @@ def share(options: argparse.Namespace, number: int) -> list[int]:
     ]
 
 
-def device_name(on: str) -> str:
-    if on == "host":
-        return "host"
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--seed", type=int, default=0)
@@ -193,12 +185,13 @@ def main(arguments: list[str] | None = None) -> int:
         for worker in workers:
             worker.join()
     log = {
+        "fuzz": options.device,
         "seed": options.seed,
         "cases": options.cases,
         "not_run": options.cases - tally.done,
         "failures": [failure._asdict() for failure in tally.failures],
         "specialisations": min(options.cases, space.NUM_SPECIALISATIONS),
-        "device": device_name(options.device),
+        "device": "CPU" if options.device == "host" else device.name(),
         "sources": receipt.digest(),
         "seconds": round(tally.seconds, 1),
     }

@@ -113,4 +113,5 @@ def main(arguments: list[str] | None = None) -> int:
         results = list(workers.map(judge, chosen))
     killed = sum(result.verdict is Verdict.KILLED for result in results)
     print(f"{killed} of {len(chosen)} mutants killed")
+    print(json.dumps({"mutants": len(chosen), "killed": killed, "device": device.name()}))
     return int(killed < len(chosen))

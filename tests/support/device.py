@@ -20,6 +20,15 @@ def missing(needed: int = 1) -> str | None:
     return f"CuPy sees {count} of {needed} CUDA devices" if count else "CuPy sees no CUDA device"
 
 
+def name() -> str:
+    """Of the first CUDA device, or "CPU"."""
+    if missing():
+        return "CPU"
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+
+
 def left_out() -> dict[str, str]:
     """Test files that need more devices than this machine has, and why."""
     reasons = {path: missing(needed) for path, needed in DEVICES_NEEDED.items()}
