@@ -27,9 +27,10 @@ by_name = {"ids": lambda arrays: arrays.name}
 at_work = functools.cache(worker)
 
 
-def delays(rounds=ROUNDS):
-    """Milliseconds: a fraction of one, and every hundredth time so many that a queue builds up."""
-    short = np.random.default_rng(0).uniform(0.02, 0.2, rounds)
+def delays(longest=0.2):
+    """Milliseconds of each round: up to `longest`, and every hundredth time so many that a queue
+    builds up."""
+    short = np.random.default_rng(0).uniform(longest / 10, longest, ROUNDS)
     return [20.0 if i % 100 == 10 else ms for i, ms in enumerate(short.tolist())]
 
 
@@ -167,7 +168,7 @@ def test_memory_may_be_reused_right_after_the_call(owner, leader):
         attend(0)
         cupy.cuda.Device().synchronize()
         places.clear()
-        for i, milliseconds in enumerate(delays()):
+        for i, milliseconds in enumerate(delays(longest=2)):  # than the host takes, when busy
             delay(address, milliseconds)
             out = attend(i)
             late += is_busy(address)

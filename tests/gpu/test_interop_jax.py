@@ -1,6 +1,9 @@
 """The ops inside of jax.jit on a GPU: XLA's stream, its memory and its command buffers."""
 
 import functools
+import os
+import subprocess
+import sys
 import time
 
 import cupy
@@ -21,6 +24,7 @@ from support.jax_ops_suite import (
     owned,
     step,
 )
+from support.receipt import ROOT
 
 CUPY, *OTHERS = frameworks.device()
 JAX = [arrays for arrays in OTHERS if arrays.name == "jax"]
@@ -183,3 +187,46 @@ def test_nothing_is_kept(arrays, make):
         run(**given)
     arrays.jax.block_until_ready(run(**given))
     assert {key: len(queue) for key, queue in in_flight._queues.items()} == before
+
+
+REPLAYS = """
+import jax
+import numpy as np
+
+from cupy_paged import gpu
+from cupy_paged.interop import jax_ops
+
+calls, captured, attend = 0, 0, jax_ops.attend
+
+def counted(call, *others, **options):
+    global calls, captured
+    calls, captured = calls + 1, captured + gpu.is_capturing(0, call.stream)
+    attend(call, *others, **options)
+
+jax_ops.attend = counted
+rng = np.random.default_rng(0)
+key_cache, value_cache = jax.numpy.asarray(rng.standard_normal((2, 4, 2, 16, 64)), "float16")
+tables, lens = jax.numpy.array([[0, 1], [2, 3]], "int32"), jax.numpy.array([20, 30], "int32")
+
+def layers(query):
+    for _ in range(6):
+        query = jax_ops.paged_attention(query, key_cache, value_cache, tables, lens, layout="HND")
+    return query
+
+compiled = jax.jit(layers)
+for _ in range(30):
+    query = jax.numpy.asarray(rng.standard_normal((2, 8, 64)), "float16")
+    found = np.asarray(compiled(query))
+print(calls, captured, found.tobytes() == np.asarray(layers(query)).tobytes())
+"""
+
+
+def test_xla_replays_what_it_has_recorded():
+    flags = "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=FUSION,CUSTOM_CALL"
+    environment = os.environ | {"XLA_FLAGS": flags}
+    command = [sys.executable, "-c", REPLAYS]
+    said = subprocess.check_output(command, cwd=ROOT, env=environment, text=True).split()
+    calls, captured = map(int, said[:2])
+    assert said[2] == "True"
+    # 30 runs of 6 ops, and 6 of ops by themselves.
+    assert 0 < captured < calls < 180 // 2, said
