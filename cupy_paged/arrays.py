@@ -227,8 +227,10 @@ def _from_torch(x: Any, name: str, stream: int | None) -> Array:
     try:
         return _from_strided_torch(x, name)
     except RuntimeError as error:  # NotImplementedError is one
+        said = str(error).partition("\n")[0]
         raise TypeError(
-            f"{name}: a torch tensor without strided memory, as sparse ones are, needs a dense one"
+            f"{name}: a torch tensor without strided memory, as sparse ones are, needs a dense one "
+            f"(torch: {said})"
         ) from error
 
 

@@ -270,7 +270,7 @@ def attend(
         cache = call.geometry
         checked_mode.check_sequences(
             call.seq_lens, call.block_tables, call.capacity, cache.block_size, cache.num_blocks,
-            call.stream,
+            call.stream, call.query.framework,
         )  # fmt: skip
     if call.query.device is HOST:
         attend_on_host(call, out, lse, scratch, partition_size)

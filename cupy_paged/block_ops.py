@@ -115,8 +115,8 @@ def copy_blocks(
     if mapping.device is not HOST:
         checks.same_place([mapping], first)
     known = mapping.bits
-    if known is None and checked_mode.is_on():
-        known = checked_mode.values(mapping, on)
+    if known is None and mapping.device != META and checked_mode.is_on():
+        known = checked_mode.values(mapping, on, first.framework)
     pairs = None
     if known is not None:
         pairs = _pairs(known, first.shape[0], first.shape[0])

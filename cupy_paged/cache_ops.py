@@ -209,7 +209,8 @@ def _reshape_and_cache(
     if slots.shape[0] == 0 or key.device == META:
         return
     if checked_mode.is_on():
-        checked_mode.check_slots(slots, cache.num_blocks * cache.block_size, on)
+        num_slots = cache.num_blocks * cache.block_size
+        checked_mode.check_slots(slots, num_slots, on, key.framework)
     if key.device is not HOST:
         prepared = _write_on_gpu(key, value, *caches, slots, cache, cache_dtype, *scales, on)
         keep(arrays[0], settings, arrays, prepared)

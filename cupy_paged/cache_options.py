@@ -88,6 +88,11 @@ def _array_of(framework: str | None, device: Any) -> Any:
             f"framework: got {framework!r}, needs one of {', '.join(FRAMEWORKS)}, or like=an array"
         )
     if framework == "cupy":
+        if not gpu.cupy().is_available():
+            raise RuntimeError(
+                'framework: "cupy" finds no CUDA device, "numpy" needs none; '
+                "`python -m cupy_paged info` says what is missing"
+            )
         with gpu.on(gpu.cupy().cuda.runtime.getDevice() if device is None else device):
             return gpu.cupy().empty(0, np.float32)
     if framework == "torch":

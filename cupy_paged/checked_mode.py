@@ -62,10 +62,19 @@ def checked(on: bool = True) -> Iterator[None]:
 
 
 def check_sequences(
-    lens: Array, tables: Array, capacity: int, block_size: int, num_blocks: int, stream: int
+    lens: Array,
+    tables: Array,
+    capacity: int,
+    block_size: int,
+    num_blocks: int,
+    stream: int,
+    framework: str,
 ) -> None:
-    """Lengths, and the blocks of tables that hold so many tokens."""
-    found = _values(stream, lens, tables)
+    """Lengths, and the blocks of tables that hold so many tokens.
+
+    stream, framework    where the op runs, here and in the other checks
+    """
+    found = _values(stream, framework, lens, tables)
     if found is None:
         return
     lengths, blocks = found
@@ -83,9 +92,10 @@ def check_gathered(
     block_size: int,
     num_blocks: int,
     stream: int,
+    framework: str,
 ) -> None:
     """Which tokens of sequences a gather takes, and their blocks."""
-    found = _values(stream, ends, tables, *([] if starts is None else [starts]))
+    found = _values(stream, framework, ends, tables, *([] if starts is None else [starts]))
     if found is None:
         return
     ends_of, blocks, *starts_of = found
@@ -105,9 +115,9 @@ def check_gathered(
     _check_blocks(blocks, first, first + lengths, block_size, num_blocks)
 
 
-def check_slots(slot_mapping: Array, num_slots: int, stream: int) -> None:
+def check_slots(slot_mapping: Array, num_slots: int, stream: int, framework: str) -> None:
     """Slots that tokens are written to; negative ones are skipped."""
-    found = _values(stream, slot_mapping)
+    found = _values(stream, framework, slot_mapping)
     if found is None:
         return
     (slots,) = found
@@ -124,13 +134,13 @@ def check_slots(slot_mapping: Array, num_slots: int, stream: int) -> None:
         )
 
 
-def values(a: Array, stream: int) -> np.ndarray | None:
+def values(a: Array, stream: int, framework: str) -> np.ndarray | None:
     """What an array of at most two dimensions holds. None while the stream is being captured."""
-    found = _values(stream, a)
+    found = _values(stream, framework, a)
     return None if found is None else found[0]
 
 
-def _values(stream: int, *arrays: Array) -> list[np.ndarray] | None:
+def _values(stream: int, framework: str, *arrays: Array) -> list[np.ndarray] | None:
     device = arrays[0].device
     if device is HOST:
         return [a.bits for a in arrays]
@@ -139,7 +149,7 @@ def _values(stream: int, *arrays: Array) -> list[np.ndarray] | None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None
     found = [np.empty(a.shape, a.dtype) for a in arrays]
-    with ordered(stream, device, arrays[0].framework, arrays):
+    with ordered(stream, device, framework, arrays):
         for a, copy in zip(arrays, found, strict=True):
             if copy.size:
                 row, rows = copy.shape[-1] * copy.itemsize, copy.size // copy.shape[-1]

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
-INSTALL_HINT = 'pip install "cupy-paged[cuda12]" (or [cuda13], after your driver)'
+INSTALL_HINT = (
+    'pip install "cupy-cuda12x>=14.2" (or cupy-cuda13x, after your driver); '
+    "`python -m cupy_paged info` lists what else is missing"
+)
 
 
 @functools.cache

@@ -135,6 +135,7 @@ class PagedKVCache:
         self._max_seq_len = None if max_blocks is None else self.pool.max_blocks * block_size
         self._buffers: Buffers | None = None
         self._batch: Batch | None = None
+        self._num_taken_back = 0  # by the pool, when the batch was taken
         self._layers_written: set[int] = set()
         self._copies: dict[int, int] = {}  # destination -> source
         self._copied: set[int] = set()
@@ -262,6 +263,7 @@ class PagedKVCache:
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
         self._batch = self._buffers.fill(host, longest, stream)
         self._layers_written.clear()
+        self._num_taken_back = self.pool.num_taken_back
         return self._batch
 
     def write(self, layer: int, key: Any, value: Any, batch: Batch, *, stream: Any = None) -> None:
@@ -271,9 +273,13 @@ class PagedKVCache:
         stream        CUDA stream to run on; by default the current one of key's framework
 
         After the last of the layers the batch counts as written, see `commit`. In a CUDA graph's
-        capture it does not: nothing has run then.
+        capture it does not: nothing has run then. A written batch may be written again, but for one
+        of which a sequence was freed, truncated or offloaded since: ValueError.
         """
         self._check_batch(layer, batch)
+        is_written = len(self._layers_written) == self.num_layers
+        if is_written and self._num_taken_back != self.pool.num_taken_back:
+            self._check_unchanged(batch)
         for name, rows in (("key", key), ("value", value)):
             _check_rows(name, rows, len(batch.slot_mapping), "tokens")
         key_cache, value_cache = self.key_caches[layer], self.value_caches[layer]
@@ -407,6 +413,15 @@ class PagedKVCache:
             raise ValueError(
                 "batch: is over; another one, or copies made early, have taken its place"
             )
+
+    def _check_unchanged(self, batch: Batch) -> None:
+        """Once written, its slots may be what others find by its tokens."""
+        for sequence, _, version in batch.ends:
+            if sequence.version != version:
+                raise ValueError(
+                    "batch: is written, and a sequence of it was freed, truncated or offloaded "
+                    "since; needs to be taken anew"
+                )
 
     # A step's copies are done together, before its batch; blocks are written by batches alone.
 

@@ -203,7 +203,9 @@ def gather_cache(
     if rows[0].shape[0] == 0 or num_seqs == 0 or rows[0].device == META:
         return
     if checked_mode.is_on():
-        checked_mode.check_gathered(ends, starts, tables, cache.block_size, cache.num_blocks, on)
+        checked_mode.check_gathered(
+            ends, starts, tables, cache.block_size, cache.num_blocks, on, rows[0].framework
+        )
     if rows[0].device is HOST:
         reference.gather_cache(
             *(a.bits for a in (*rows, *caches, tables, ends)),

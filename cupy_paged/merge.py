@@ -83,7 +83,8 @@ def merge_attn_states(
     prefix_output,   [num_tokens, num_heads, head_size], float16, bfloat16 or float32
     suffix_output
     prefix_lse,      float32 [num_heads, num_tokens], natural logarithm, any strides; an infinite
-    suffix_lse       one, of either sign, means that this side saw no token
+    suffix_lse       one, of either sign, means that this side saw no token. paged_attention
+                     returns it the other way round: pass lse.T
     output_lse       float32 [num_heads, num_tokens], written if given
     prefill_tokens_with_context
                      tokens from here on have no prefix: suffix output and lse are copied as they
@@ -124,6 +125,11 @@ def merge_attn_states(
             f"suffix_output: dtype {suffix.dtype} does not match prefix_output's {prefix.dtype}"
         )
     for a in lses:
+        if a.shape == (num_tokens, num_heads) != (num_heads, num_tokens):
+            raise ValueError(
+                f"{a.name}: shape {a.shape} is [num_tokens, num_heads], as paged_attention returns "
+                f"it, needs [num_heads, num_tokens]: {a.name}.T"
+            )
         checks.is_shape(a, (num_heads, num_tokens), "[num_heads, num_tokens]")
         checks.is_dtype(a, "float32")
         checks.runs_forward(a)

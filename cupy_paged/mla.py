@@ -116,7 +116,7 @@ def concat_and_cache_mla(
     if slots.shape[0] == 0 or width == 0 or latent.device == META:
         return
     if checked_mode.is_on():
-        checked_mode.check_slots(slots, num_blocks * block_size, on)
+        checked_mode.check_slots(slots, num_blocks * block_size, on, latent.framework)
     if latent.device is HOST:
         reference.concat_and_cache_mla(
             latent.bits,

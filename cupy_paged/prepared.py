@@ -1,9 +1,11 @@
 """Calls that repeat an earlier one, known again without being checked again.
 
 All that checks and plans look at is a call's *likeness*: of each array its dtype, shape, strides,
-device and the alignment of its address, and every other argument as it is. Calls alike differ in
-addresses alone, so that what was prepared for the first serves the next. Only arrays of one
-framework, CuPy's or torch's own, are described here; other calls have no likeness, and are checked.
+device and the alignment of its address, how many addresses there are, and every other argument as
+it is. Calls alike differ in addresses alone, so that what was prepared for the first serves the
+next. That arrays overlap in part is seen in the first call of its kind, and in checked mode. Only
+arrays of one framework, CuPy's or torch's own, are described here; other calls have no likeness,
+and are checked.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ def _likeness(
     # Types come first, because True == 1 == 1.0, which are not the same to a check.
     key = [*map(type, arrays), *map(type, settings), gpu.emulated_sm(), *settings]
     pointers, bits = _describer(kind)(kind, arrays, key)
+    key.append(len(set(pointers)))  # one array in two places: whether it may be, checks decide
     if bits % WIDEST_ACCESS:
         key += [pointer % WIDEST_ACCESS for pointer in pointers]
     return key, pointers

@@ -127,6 +127,7 @@ class SequencePool:
         self.prefix_caching = prefix_caching
         self.sequences: dict[Sequence, None] = {}  # in the order of their adding
         self.unused_slots = 0  # of the last blocks, each sequence's counted
+        self.num_taken_back = 0  # times that any sequence has lost tokens or blocks
         self.host: HostBlocks | None = None
         if num_host_blocks:
             self.host = HostBlocks(num_host_blocks, block_size, prefix_caching=prefix_caching)
@@ -221,6 +222,7 @@ class SequencePool:
         self.unused_slots -= self._unused(sequence)
         sequence.num_written = min(sequence.num_written, num_tokens)
         sequence.version += 1
+        self.num_taken_back += 1
         del sequence.tokens[num_tokens:], sequence.entries[num_tokens // self.block_size :]
         if sequence.host_blocks is None:
             remaining = -(-num_tokens // self.block_size)
@@ -260,6 +262,7 @@ class SequencePool:
         sequence.blocks, sequence.host_blocks = array("i"), array("i", held)
         sequence.entries = []
         sequence.version += 1
+        self.num_taken_back += 1
 
     def restore(self, sequence: Sequence) -> None:
         """Gives an offloaded sequence blocks for all of its tokens, with what it had written.

@@ -54,12 +54,13 @@ template <class T, int HEAD_SIZE, bool BY_TOKEN> struct TokenRows {
         } else {
             constexpr int ROW_LANES = BY_TOKEN ? 8 : WARP / TILE_TOKENS;
             constexpr int ROWS = WARP / ROW_LANES;  // tokens side by side
+            const int column = BY_TOKEN ? lane % ROW_LANES : lane / TILE_TOKENS;
 #pragma unroll
             for (int first = 0; first < TILE_TOKENS; first += ROWS) {
                 const int t = first + (BY_TOKEN ? lane / ROW_LANES : lane % TILE_TOKENS);
                 const T* token = token_at(t);
 #pragma unroll
-                for (int c = BY_TOKEN ? lane % ROW_LANES : lane / TILE_TOKENS; c < CHUNKS; c += ROW_LANES) copy(token, t, c);
+                for (int c = column; c < CHUNKS; c += ROW_LANES) copy(token, t, c);
             }
         }
     }

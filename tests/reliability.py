@@ -172,6 +172,10 @@ def record(logs: list[Path]) -> None:
         kind = next((kind for kind in FIGURES if kind in run), None)
         if kind is None:
             raise ValueError(f"{log}: ends with no figure of {', '.join(FIGURES)}")
+        if kind == "mutants" and run["mutants"] != len(MUTANTS):
+            raise ValueError(f"{log}: is of {run['mutants']} mutants, needs all {len(MUTANTS)}")
+        if kind == "sanitizer":
+            run["sanitizer"] = kept.get(kind, {}).get("sanitizer", {}) | run["sanitizer"]
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         kept[kind] = {"date": today, **run}
     RECORDS.write_text(json.dumps(kept, indent=1) + "\n")
@@ -181,7 +185,7 @@ def _figures() -> list[str]:
     kept = records()
     return [
         f"| {figure.what} | {figure.target} | {figure.found(kept[kind])} "
-        f"| {kept[kind]['date']}, {kept[kind].get('device', 'CPU')} |"
+        f"| {kept[kind]['date']}, {kept[kind]['device']} |"
         for kind, figure in FIGURES.items()
         if kind in kept
     ]

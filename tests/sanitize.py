@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import device
+
 ROOT = Path(__file__).resolve().parent.parent
 GRID = (
     "tests/gpu/test_attention.py::test_matches_oracle",
@@ -33,7 +35,8 @@ def main() -> int:
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status = subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
-    print(json.dumps({"sanitizer": {tool: "findings" if status else "0"}}))
+    found = {tool: "findings" if status else "0"}
+    print(json.dumps({"sanitizer": found, "device": device.name()}))
     return status
 
 

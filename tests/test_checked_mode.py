@@ -1,5 +1,6 @@
 """Checked mode on host arrays, and how it is turned on."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import threading
 import pytest
 
 import cupy_paged
-from cupy_paged import checked_mode
+from cupy_paged import checked_mode, gpu, streams
+from cupy_paged.arrays import Array
 from support import frameworks
 from support.checked_suite import CheckedReadsSuite, CheckedWritesSuite
 from support.receipt import ROOT
@@ -51,3 +53,20 @@ def test_the_environment_turns_it_on(setting, expected):
     command = [sys.executable, "-c", code]
     found = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
     assert found.strip() == str(expected)
+
+
+def test_what_another_framework_writes_is_awaited(monkeypatch):
+    said = []
+
+    def copy_rows(device, stream, target, target_step, source, step, row_bytes, num_rows):
+        said.append(("copy", stream))
+        ctypes.memset(target, 0xFF, row_bytes * num_rows)  # slots that are skipped
+
+    monkeypatch.setattr(streams, "current", lambda framework, device: {"torch": 201}[framework])
+    monkeypatch.setattr(gpu, "is_capturing", lambda device, stream: False)
+    monkeypatch.setattr(gpu, "wait", lambda device, *waits: said.append(("wait", *waits)))
+    monkeypatch.setattr(gpu, "copy_rows", copy_rows)
+    monkeypatch.setattr(gpu, "synchronize", lambda device, stream: said.append(("done", stream)))
+    slots = Array("slot_mapping", None, "torch", "int64", (4,), (1,), 0x1000, 0, False)
+    checked_mode.check_slots(slots, 100, 101, "cupy")
+    assert said == [("wait", 101, 201), ("copy", 101), ("done", 101), ("wait", 201, 101)]

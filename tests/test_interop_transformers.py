@@ -151,7 +151,7 @@ def test_attention_of_other_kinds(pair, started, options, message):
     cache, ids, mask, more = started
     key = value = pair.torch.ones(2, 2, 2, 16)
     query = pair.torch.ones(2, 4, 2, 16)
-    module = SimpleNamespace(num_key_value_groups=2)
+    module = SimpleNamespace(num_key_value_groups=2, training=False)
     marked = cache.update(key, value, 0)
     with pytest.raises(ValueError, match=message):
         hf_llama.interop().attention(module, query, *marked, mask, **options)
@@ -169,10 +169,29 @@ def test_masks_of_other_kinds(pair, rng):
 def test_attention_requires_no_gradient(pair):
     query = pair.torch.ones(1, 4, 3, 16, requires_grad=True)
     key = pair.torch.ones(1, 2, 3, 16, requires_grad=True)
-    module = SimpleNamespace(num_key_value_groups=2)
+    module = SimpleNamespace(num_key_value_groups=2, training=False)
     cache = pair.cache()
     for new in (slice(0, 2), slice(2, 3)):
         for layer in range(3):
             marked = cache.update(key[:, :, new], key[:, :, new], layer)
             out, _ = hf_llama.interop().attention(module, query[:, :, new], *marked, None)
             assert not out.requires_grad
+
+
+def test_training_is_refused(pair):
+    ids, _ = pair.tokens([[3, 4, 5]])
+    pair.ours.train()
+    with pytest.raises(ValueError, match=r"^query: needs a gradient.*model\.eval\(\)"):
+        pair.ours(ids, past_key_values=pair.cache(), labels=ids)
+    with pair.torch.no_grad():
+        pair.ours(ids, past_key_values=pair.cache())
+
+
+def test_a_cache_of_fewer_layers_is_told(pair):
+    ids, mask = pair.tokens([[3, 4, 5]])
+    layers = pair.ours.config.num_hidden_layers
+    pair.ours.config.num_hidden_layers -= 1
+    cache = pair.cache()
+    pair.ours.config.num_hidden_layers = layers
+    with pytest.raises(ValueError, match=f"^config: the cache was made for {layers - 1} layers"):
+        logits(pair, pair.ours, ids, mask, past_key_values=cache)

@@ -37,6 +37,23 @@ def ones(count, num_heads=2):
     return np.ones((count, num_heads, 8), np.float32)
 
 
+@pytest.mark.parametrize("end", [PagedKVCache.free, lambda c, s: c.truncate(s, 4)])
+def test_a_written_batch_cannot_change_what_others_find(end):
+    cache = new()
+    sequence = cache.add(range(6))
+    batch = cache.batch([sequence])
+    for _ in range(2):
+        cache.write(0, ones(6), ones(6), batch)
+    end(cache, sequence)
+    with pytest.raises(ValueError, match=r"^batch: is written, and a sequence of it was freed"):
+        cache.write(0, 7 * ones(6), 7 * ones(6), batch)
+    again = cache.add(range(6))
+    assert again.num_cached == 4
+    batch = cache.batch([again])
+    cache.write(0, ones(2), ones(2), batch)
+    assert (cache.attend(0, ones(1), batch) == 1).all()
+
+
 def test_batch_is_pending_until_it_is_written_in_every_layer():
     cache = new(num_layers=2)
     sequence = cache.add(range(6))

@@ -652,3 +652,12 @@ def test_threads_never_share_a_struct(machine):
     finally:
         sys.setswitchinterval(switch)
     assert not failures and len(seen) == 8 * 300
+
+
+def test_an_array_in_two_places_is_told_apart():
+    torch = pytest.importorskip("torch")
+    query, out = torch.ones(4), torch.ones(4)
+    keys = [
+        prepared._likeness(query, ("op",), given)[0] for given in ((query, out), (query, query))
+    ]
+    assert keys[0] != keys[1]

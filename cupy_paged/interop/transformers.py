@@ -27,8 +27,10 @@ After that a token is a row of `paged_attention`, which reads all before it from
 a step when decoding, but as many as there are in what continues a cache, be it a next turn or a
 chunk of a prompt. Each step reads the attention mask on the host, and waits for it.
 
-No gradient flows through the attention. Sliding windows, chunks, soft caps, sinks, biases, dropout,
-packed sequences, 4-d masks, attention weights as output and cross-attention are errors.
+No gradient flows through the attention: a model in training is refused one. The bookkeeping is on
+the host, so that torch.compile cannot take the model as a whole. Sliding windows, chunks, soft
+caps, sinks, biases, dropout, packed sequences, 4-d masks, attention weights as output and
+cross-attention are errors.
 """
 
 from __future__ import annotations
@@ -134,6 +136,11 @@ class PagedCache(Cache):
             raise RuntimeError(
                 f"attn_implementation: layer {self._take_up()} has not attended to its PagedCache, "
                 f'needs to be "{NAME}": model.set_attn_implementation("{NAME}")'
+            )
+        if layer_idx >= self._num_layers:
+            raise ValueError(
+                f"config: the cache was made for {self._num_layers} layers, and this is layer "
+                f"{layer_idx}: needs the config of the model"
             )
         self._handed_out = layer_idx
         key = key_states.detach()  # a tensor of its own, to be marked
@@ -286,7 +293,10 @@ class PagedCache(Cache):
         self._shown = self._shown[indices]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last columns: so many if negative, all but so many if positive."""
+        """Takes back the last columns: so many if negative, all but so many if positive.
+
+        Nothing for 0, as newer versions of transformers have it.
+        """
         if tokens_to_remove:
             self._settle(self._shown[:, :tokens_to_remove])
 
@@ -369,6 +379,8 @@ def attention(
     for name in _UNSUPPORTED:
         if options.get(name) is not None:
             raise ValueError(f'{name}: the model has it, "{NAME}" has not')
+    if module.training and query.requires_grad:
+        raise ValueError("query: needs a gradient, and none flows through: model.eval()")
     if dropout:
         raise ValueError(f"dropout: got {dropout}, needs 0.0: model.eval()")
     if output_attentions:

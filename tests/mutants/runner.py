@@ -27,7 +27,7 @@ from mutants.mutant import ROOT, TESTS, Mutant
 from support import device
 
 TIMEOUT = 300  # seconds; a kernel that waits for what never comes is found out, too
-NOT_COMPILED = "CompileException", "NVRTCError", "SyntaxError"
+NO_PROGRAM = "CompileException", "NVRTCError", "SyntaxError", "OutOfMemoryError"
 
 
 class Verdict(enum.Enum):
@@ -58,7 +58,7 @@ def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> Result:
     if done.returncode == 0:
         return Result(Verdict.SURVIVED, done.stdout.strip()[-300:])
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    is_invalid = not failed or any(word in done.stdout for word in NOT_COMPILED)
+    is_invalid = not failed or any(word in done.stdout for word in NO_PROGRAM)
     why = failed[0] if failed else (done.stdout + done.stderr).strip()[-300:]
     return Result(Verdict.INVALID if is_invalid else Verdict.KILLED, why)
 

@@ -304,6 +304,15 @@ class JaxOpsSuite:
         check_alike(contents(arrays, made), call.expected(reference))
 
     @EVERY_CALL
+    @EAGER_AND_COMPILED
+    def test_checked_mode_changes_nothing(self, arrays, reference, make, compiled):
+        call = make()
+        run = arrays.jax.jit(call.run) if compiled else call.run
+        with cupy_paged.checked():
+            made = run(**call.arguments(arrays))
+        check_alike(contents(arrays, made), call.expected(reference))
+
+    @EVERY_CALL
     def test_takes_numpy_arrays(self, arrays, reference, make):
         call = make()
         with arrays.jax.default_device(arrays.device):
