@@ -5,6 +5,7 @@
 from mutants.mutant import Mutant
 
 ATTENTION = "tests/test_attention.py"
+CHECKED = "tests/test_checked_mode.py"
 DEVICES = "tests/test_devices.py"
 ERRORS = "tests/test_errors.py"
 IN_FLIGHT = "tests/test_in_flight.py"
@@ -286,5 +287,54 @@ MUTANTS = (
         "else values * factor",
         "else values",
         "tests/test_fuzz.py::test_random_cases",
+    ),
+    Mutant(
+        "checked mode lets the first block past the end through",
+        "cupy_paged/checked_mode.py",
+        "blocks >= num_blocks",
+        "blocks > num_blocks",
+        CHECKED,
+    ),
+    Mutant(
+        "checked mode looks at blocks of nobody",
+        "cupy_paged/checked_mode.py",
+        "(positions * block_size < end[:, None])",
+        "(positions * block_size <= end[:, None])",
+        CHECKED,
+    ),
+    Mutant(
+        "checked mode lets two tokens into one slot",
+        "cupy_paged/checked_mode.py",
+        "ordered_slots[1:] == ordered_slots[:-1]",
+        "ordered_slots[1:] < ordered_slots[:-1]",
+        CHECKED,
+    ),
+    Mutant(
+        "checked mode reads tables that another framework is still writing",
+        "cupy_paged/checked_mode.py",
+        "with ordered(stream, device, framework, arrays):",
+        "with ordered(stream, device, arrays[0].framework, arrays):",
+        CHECKED,
+    ),
+    Mutant(
+        "a call like an earlier one is not checked in checked mode",
+        "cupy_paged/prepared.py",
+        "if checked_mode.is_on():",
+        "if False:",
+        "tests/gpu/test_checked_mode.py",
+    ),
+    Mutant(
+        "a written batch may change what others find",
+        "cupy_paged/kv_cache.py",
+        "if sequence.version != version:",
+        "if sequence.version < version:",
+        "tests/test_kv_cache.py",
+    ),
+    Mutant(
+        "an array in two places is taken for two arrays",
+        "cupy_paged/prepared.py",
+        "key.append(len(set(pointers)))",
+        "key.append(len(pointers))",
+        PREPARED,
     ),
 )
