@@ -121,8 +121,8 @@ def paged_attention(
         target = check_out(call, out)
     lse = empty(call.query, "lse", call.state_shape, "float32", call.stream) if return_lse else None
     keep(query, settings, arrays, attend(call, target, lse, makes_out=out is None))
-    result = hand_over(target, call.stream) if out is None else out
-    return (result, hand_over(lse, call.stream)) if lse is not None else result
+    result = hand_over(target, call.query, call.stream) if out is None else out
+    return (result, hand_over(lse, call.query, call.stream)) if lse is not None else result
 
 
 def paged_attention_v1(

@@ -18,7 +18,7 @@ from cupy_paged.prepared_call import PreparedCall
 from cupy_paged.results import empty, hand_over
 from cupy_paged.streams import launch_stream
 
-NUM_THREADS = 128
+NUM_THREADS = 256
 FP8_OUTPUT = "float8_e4m3fn"
 
 _MAX_GRID = 2**31 - 1
@@ -168,7 +168,7 @@ def merge_attn_states(
             prepared = _merge_on_gpu(*checked, output is None, on)
             keep(prefix_output, settings, arrays, prepared)
     if output is None:
-        return hand_over(target, on), hand_over(target_lse, on)
+        return hand_over(target, prefix, on), hand_over(target_lse, prefix, on)
     return None
 
 

@@ -100,14 +100,16 @@ def scratch_maker(framework: str, device: int, beside: Any, num_bytes: int) -> M
     return lend
 
 
-def hand_over(made: Array, stream: int) -> Any:
-    """The array that `empty` made, as its framework's own type."""
+def hand_over(made: Array, leader: Array, stream: int) -> Any:
+    """The array that `empty` made beside `leader`, as its framework's own type."""
     if made.framework != "jax":
         return made.owner
     import jax
 
     if made.device is HOST:
-        return jax.numpy.asarray(made.owner)
+        # JAX's default device is another one where it has a GPU.
+        (device,) = leader.owner.devices()
+        return jax.device_put(made.owner, device)
     with gpu.using(made.device, stream):
         return jax.dlpack.from_dlpack(made.owner)
 

@@ -108,7 +108,10 @@ __device__ inline void fence_before_bulk() {
 #endif
 }
 
-// A barrier of some warps of a thread block, THREADS in all. ID 0 is __syncthreads.
+// Barriers of warps, by number. 0 is __syncthreads.
+constexpr int STATES_LEFT = 1, READY = 2;
+
+// A barrier of some warps of a thread block, THREADS in all, each of which may come to it at a place of its own.
 template <int ID, int THREADS> __device__ inline void sync_warps() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }

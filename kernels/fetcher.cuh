@@ -47,7 +47,7 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
         return there;
     };
     bool more = look_up_next();
-    __syncthreads();  // the barriers are ready
+    sync_warps<READY, (Shared::WORKERS + 2) * WARP>();
 
     uint32 tile = 0;
     for (uint32 number = 0;; number++) {

@@ -64,11 +64,11 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         }
         Barrier::publish();
     }
-    // The fetcher looks for work meanwhile, and comes to the same barrier.
+    // The fetcher looks for work meanwhile, and comes to the same barrier elsewhere, as __syncthreads must not.
     if (warp == NUM_WORKERS)
         return fetch_pieces<Query, Cache, Layout, HEAD_SIZE, BLOCK_SIZE, HEADS, SLOTS, BULK, QUERY_COPY_BYTES, Tiles>(
             p, shared);
-    __syncthreads();
+    sync_warps<READY, (NUM_WORKERS + 2) * WARP>();
     if (warp == NUM_WORKERS + 1) return count_nodes(p, shared);
     attend_to_pieces<Query, Cache, Layout, HEAD_SIZE, HEADS, NUM_WORKERS, SLOTS, BULK, Bias, Scratch, Tiles>(p, shared);
 }

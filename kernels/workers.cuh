@@ -103,7 +103,7 @@ __device__ inline void leave_states(Shared& shared, const float (&max)[2], const
 #pragma unroll
             for (int i = 0; i < 2; i++)
                 if (2 * j + i < HEADS) shared.max[warp][2 * j + i] = max[i];
-        sync_warps<1, NUM_THREADS>();  // also for those who still read what is written here next
+        sync_warps<STATES_LEFT, NUM_THREADS>();  // also for those who still read what is written here next
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             if (is_first == (half == 0))
@@ -113,13 +113,13 @@ __device__ inline void leave_states(Shared& shared, const float (&max)[2], const
                     const float other = shared.max[(warp + NUM_WORKERS / 2) % NUM_WORKERS][head];
                     leave(i, fmaxf(max[i], other), half == 0);
                 }
-            sync_warps<1, NUM_THREADS>();
+            sync_warps<STATES_LEFT, NUM_THREADS>();
         }
     } else {
-        sync_warps<1, NUM_THREADS>();  // for those who still read what is written here next
+        sync_warps<STATES_LEFT, NUM_THREADS>();  // for those who still read what is written here next
 #pragma unroll
         for (int i = 0; i < 2; i++) leave(i, max[i], true);
-        sync_warps<1, NUM_THREADS>();
+        sync_warps<STATES_LEFT, NUM_THREADS>();
     }
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -31,6 +32,7 @@ BLOCK_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 2, 4, 64
 NUM_BLOCKS, NUM_HOST_BLOCKS, MOST_ROWS, LONGEST = 160, 48, 24, 400
 VOCABULARY, NUM_PREFIXES, PREFIX = 512, 4, 50
 CHECK_EVERY = 97  # steps
+PROGRESS = 30  # seconds between two lines of it
 TOLERANCE = 1e-3
 WARM_UP = 0.2  # of the steps, after which memory is to stay
 SLACK = 16 << 20  # bytes by which either may grow nevertheless: allocators keep pieces of all sizes
@@ -179,16 +181,23 @@ class Worker:
         return pages * os.sysconf("SC_PAGE_SIZE"), pool
 
 
-def soak(seed: int, steps: int, on_gpu: bool) -> dict[str, Any]:
-    """Runs one worker; raises AssertionError for the first thing that is wrong."""
+def soak(seed: int, steps: int, on_gpu: bool, seconds: float = math.inf) -> dict[str, Any]:
+    """Runs one worker, for so many steps or seconds; raises AssertionError for what is wrong."""
     worker = Worker(seed, on_gpu)
+    start = said = time.monotonic()
     warm = None
-    for number in range(1, steps + 1):
+    number = rows = 0
+    while number < steps and time.monotonic() < start + seconds:
         running, out = worker.step()
+        number, rows = number + 1, rows + len(running)
         if number % CHECK_EVERY == 0:
             worker.compare(running, out)
-        if number == max(int(WARM_UP * steps), 1):
+        passed = time.monotonic() - start
+        if warm is None and max(number / steps, passed / seconds) >= WARM_UP:
             warm = worker.memory()
+        if time.monotonic() > said + PROGRESS:
+            said = time.monotonic()
+            print(f"seed {seed}: {number} of {steps} steps, {passed:.0f} s", flush=True)
     now = worker.memory()
     assert warm is not None
     growth = [after - before for before, after in zip(warm, now, strict=True)]
@@ -198,13 +207,14 @@ def soak(seed: int, steps: int, on_gpu: bool) -> dict[str, Any]:
         worker.end(sequence)
     if worker.cache.num_used:
         raise AssertionError(f"{worker.cache.num_used} blocks are used by nobody")
-    return worker.counts | {"steps": steps, "grown_bytes": growth[0]}
+    return worker.counts | {"steps": number, "tokens": rows, "grown_bytes": growth[0]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000_000, help="of all workers together")
-    parser.add_argument("--workers", type=int, default=8, help="processes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="at most, of each worker")
+    parser.add_argument("--workers", type=int, default=4, help="processes")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--seed", type=int, default=0, help="of the first worker")
     arguments = parser.parse_args(argv)
@@ -213,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     each = -(-arguments.steps // arguments.workers)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(arguments.workers, context) as pool:
-        futures = {pool.submit(soak, seed, each, arguments.device == "gpu"): seed for seed in seeds}
+        on_gpu = arguments.device == "gpu"
+        futures = {pool.submit(soak, s, each, on_gpu, arguments.seconds): s for s in seeds}
         totals: dict[str, int] = {}
         failures = []
         for future in concurrent.futures.as_completed(futures):

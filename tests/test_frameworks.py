@@ -1,10 +1,14 @@
 """Host arrays of NumPy, torch and JAX, for real."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import cupy_paged
-from support import compare, frameworks, ops
+from support import compare, frameworks, ops, receipt
 from support.bad_calls import read_only
 from support.data import Case, build
 from support.framework_suite import (
@@ -135,6 +139,30 @@ def test_traced_jax_arrays_are_refused_with_a_reason(arrays):
     traced = arrays.jax.jit(lambda query: cupy_paged.paged_attention(query, **given))
     with pytest.raises(TypeError, match=r"^query: .*jax\.jit.*interop\.jax_ops"):
         traced(query)
+
+
+@adapter("jax")
+def test_results_are_on_the_jax_device_of_their_query(arrays):
+    # Where JAX has a GPU its default device is that, whatever its arrays are on.
+    code = """if True:
+        import jax, jax.numpy as jnp
+        import cupy_paged
+        default, other = jax.devices()
+        with jax.default_device(other):
+            query = jnp.ones((2, 4, 8))
+            cache = jnp.ones((3, 2, 16, 8))
+            tables, lens = jnp.zeros((2, 2), "int32"), jnp.array([7, 20], "int32")
+            lse = jnp.zeros((4, 2))
+        outs = cupy_paged.paged_attention(
+            query, cache, cache, tables, lens, layout="HND", return_lse=True
+        )
+        outs += cupy_paged.merge_attn_states(None, query, lse, query, lse)
+        print({device for out in outs for device in out.devices()} == {other})
+    """
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.check_output(command, cwd=receipt.ROOT, env=os.environ | flags, text=True)
+    assert found.strip() == "True"
 
 
 @adapter("jax")

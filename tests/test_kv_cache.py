@@ -196,8 +196,9 @@ def test_jax_cannot_hold_a_cache_but_use_one():
         new(framework="jax")
     cache = new()
     batch = cache.batch([cache.add(range(3))])
-    cache.write(0, jax.numpy.ones((3, 2, 8)), jax.numpy.ones((3, 2, 8)), batch)
-    out = cache.attend(0, jax.numpy.ones((1, 4, 8)), batch)
+    with jax.default_device(jax.devices("cpu")[0]):
+        cache.write(0, jax.numpy.ones((3, 2, 8)), jax.numpy.ones((3, 2, 8)), batch)
+        out = cache.attend(0, jax.numpy.ones((1, 4, 8)), batch)
     assert isinstance(out, jax.Array)
     compare.close(np.asarray(out), np.ones((1, 4, 8)), "float32")
 

@@ -124,6 +124,14 @@ def test_comparison_finds_one_wrong_element():
         compare.close(right, want, "float16")
 
 
+def test_sums_may_be_off_by_what_their_logits_were_rounded_by():
+    want, max_logits = np.array([[2.0, 3.0]]), np.array([[-2000.0, 5.0]])
+    factor = 1 + 2e-4
+    compare.close_sums((want * [[factor, 1.0]]).astype(np.float32), want, max_logits)
+    with pytest.raises(AssertionError, match=r"exp_sums: 1 of 2 wrong, first at \(0, 1\)"):
+        compare.close_sums((want * factor).astype(np.float32), want, max_logits)
+
+
 @pytest.mark.parametrize("drawn", [cases.HOST, cases.GPU], ids=["host", "gpu"])
 def test_every_axis_of_the_cases_is_covered(drawn):
     assert {case.head_size for case in drawn} >= set(cases.HEAD_SIZES)

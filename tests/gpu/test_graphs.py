@@ -177,6 +177,46 @@ def check_scenes(op, case, arrays, by=None):
         compare.bitwise(found, eager, "replayed against eager")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_ten_thousand_replays(dtype, rng):
+    """Rows come, grow and go, and scratch holds anything: the bits are those of eager calls."""
+    replays, num_scenes, arrays = 10_000, 32, ALL[0]
+    problem = build(Case(dtype, seq_lens=(2100, *LENGTHS)))
+    full = problem.seq_lens
+    out, *scratch = (arrays.array(made) for made in ops.paged_attention_v2(problem, arrays))
+    tail, keywords = ops.positional(problem, arrays)
+    seq_lens = tail[ops.POSITIONAL.index("seq_lens")]
+
+    def call(stream):
+        cupy_paged.paged_attention_v2(out, *scratch, *tail, **keywords, stream=stream)
+
+    eager, lengths = [], []
+    for share in np.linspace(0, 1, num_scenes):
+        live = rng.random(len(full)) < share
+        scene = replace(problem, seq_lens=np.where(live, rng.integers(0, full + 1), 0))
+        scene = replace(scene, seq_lens=scene.seq_lens.astype(np.int32))
+        found, *_ = ops.paged_attention_v2(scene, arrays)
+        compare.close(found, scene.expected[0], dtype)
+        eager.append(found)
+        lengths.append(scene.seq_lens)
+
+    captured = Captured(call, arrays, "cupy")
+    unsigned = np.dtype(f"u{out.dtype.itemsize}")
+    bits = out.view(unsigned)
+    with captured.on_its_stream():
+        lengths = cupy.asarray(np.stack(lengths))
+        eager = cupy.asarray(np.stack(eager).view(unsigned))
+        wrong = cupy.zeros(replays, bool)
+        for replay, scene in enumerate(rng.integers(0, num_scenes, replays).tolist()):
+            seq_lens[...] = lengths[scene]
+            bits.fill(np.iinfo(unsigned).max)
+            for array in scratch:
+                array.fill((np.nan, np.inf, -np.inf, 3e38, 0.0)[replay % 5])
+            captured.replay()
+            wrong[replay] = (bits != eager[scene]).any()
+        assert not wrong.any(), f"replay {int(wrong.argmax())}, and {int(wrong.sum()) - 1} others"
+
+
 @EVERY_WAY
 @pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1"])
 def test_replays_touch_no_memory_that_was_handed_out_since(op, arrays, by):

@@ -1,4 +1,4 @@
-"""Element offsets past 2**31: of blocks, of strides, of slots and of scratch."""
+"""Element offsets past 2**31 and 2**32: of blocks, of strides, of slots and of scratch."""
 
 from dataclasses import replace
 
@@ -65,14 +65,17 @@ def check(problem, key_cache, value_cache, block_tables, **views):
     compare.close(out, problem.expected[0], problem.case.dtype, "paged_attention_v2")
 
 
-@pytest.mark.parametrize("layout", ["vllm", "HND", "NHD"])
-def test_pool_of_more_than_two_to_the_31_elements(layout, rng):
+@pytest.mark.parametrize(
+    ("layout", "boundary"),
+    [("vllm", 2**31), ("HND", 2**31), ("NHD", 2**31), ("HND", 2**32)],
+)
+def test_a_pool_of_more_elements(layout, boundary, rng):
     case = Case("float16", "fp8", layout, 2, 4, 128, 16, seq_lens=(100, 700, 0, 33))
     problem = build(case)
     block = 2 * 128 * 16
-    num_blocks = BOUNDARY // block + 100
+    num_blocks = boundary // block + 100
     count = len(problem.key_cache)
-    ids = straddling(count, BOUNDARY // block, num_blocks, rng)
+    ids = straddling(count, boundary // block, num_blocks, rng)
     check(problem, *enlarge(problem, num_blocks, ids, 0x7F))
 
 
@@ -94,13 +97,16 @@ def test_block_ids_around_two_to_the_16(rng):
     check(problem, *enlarge(problem, 66000, ids, 0x7E00))
 
 
-@pytest.mark.parametrize("layout", ["vllm", "HND", "NHD"])
-def test_slots_past_two_to_the_31_elements(layout, rng):
+@pytest.mark.parametrize(
+    ("layout", "boundary"),
+    [("vllm", 2**31), ("HND", 2**31), ("NHD", 2**31), ("vllm", 2**32)],
+)
+def test_slots_past_as_many_elements(layout, boundary, rng):
     num_heads, head_size, block_size, num_tokens = 2, 128, 16, 12
     block = num_heads * head_size * block_size
-    num_blocks = BOUNDARY // block + 10
+    num_blocks = boundary // block + 10
     key, value = rng.standard_normal((2, num_tokens, num_heads, head_size)).astype(np.float16)
-    ids = np.array([0, BOUNDARY // block - 1, BOUNDARY // block, num_blocks - 1])
+    ids = np.array([0, boundary // block - 1, boundary // block, num_blocks - 1])
     within = rng.permutation(len(ids) * block_size)[:num_tokens]
     slots = ids[within // block_size] * block_size + within % block_size
     shapes = {

@@ -70,6 +70,19 @@ def close_lse(got, want, what="lse", tolerance=3e-5):
         )
 
 
+def close_sums(got, want, max_logits, what="exp_sums", tolerance=3e-5):
+    """Check sums of exp(logit - max): logits far from zero are rounded before they are compared."""
+    got, want = same_kind(got, want, "float32", what)
+    rounding = np.finfo(np.float32).eps * np.abs(max_logits)
+    bad = np.abs(got - want) > (tolerance + rounding) * np.maximum(1.0, want)
+    if bad.any():
+        at = _where(bad)
+        raise AssertionError(
+            f"{what}: {bad.sum()} of {bad.size} wrong, first at {at}: {got[at]}, "
+            f"expected {want[at]}, of logits up to {max_logits[at]}"
+        )
+
+
 def bitwise(got, want, what="out", any_nan=False):
     """Check that two arrays have the same shape, dtype and bits; with `any_nan`, save in NaN."""
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
