@@ -18,7 +18,7 @@ from benchmarks.results import WRONG_RESULT, Measurement
 from benchmarks.runner import Runner
 from benchmarks.timing import summarise
 
-REPEATS = 2
+CACHES, LOADS = 2, 3  # times that a kernel is compiled, and that each of them is loaded again
 FirstCall = Callable[[str, str, Path], float]
 KERNELS = (("HND", "bf16"), ("NHD", "bf16"), ("vllm", "bf16"), ("HND", "fp8"))
 
@@ -44,19 +44,20 @@ def files_in(folder: Path) -> int:
 class Kernel:
     """One specialisation: its calls are made when the first of its two times is asked for."""
 
-    def __init__(self, layout: str, dtypes: str, repeats: int, call: FirstCall) -> None:
-        self.layout, self.dtypes, self._repeats, self._call = layout, dtypes, repeats, call
+    def __init__(self, layout: str, dtypes: str, call: FirstCall) -> None:
+        self.layout, self.dtypes, self._call = layout, dtypes, call
         self._cold: list[float] = []
         self._from_disk: list[float] = []
         self._files_added = 0
 
     def _run(self) -> None:
-        for _ in range(self._repeats):
+        for _ in range(CACHES):
             with tempfile.TemporaryDirectory() as folder:
                 cache = Path(folder)
                 self._cold.append(self._call(self.layout, self.dtypes, cache))
                 files = files_in(cache)
-                self._from_disk.append(self._call(self.layout, self.dtypes, cache))
+                for _ in range(LOADS):
+                    self._from_disk.append(self._call(self.layout, self.dtypes, cache))
                 self._files_added += files_in(cache) - files
 
     def cold(self, blank: Measurement) -> Measurement:
@@ -75,11 +76,10 @@ class Kernel:
 def run(
     runner: Runner,
     kernels: tuple[tuple[str, str], ...] = KERNELS,
-    repeats: int = REPEATS,
     call: FirstCall = first_call,
 ) -> None:
     for layout, dtypes in kernels:
-        kernel = Kernel(layout, dtypes, repeats, call)
+        kernel = Kernel(layout, dtypes, call)
         for op, action in (("cold", kernel.cold), ("from disk", kernel.from_disk)):
             blank = Measurement(
                 suite="compile",

@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from mutants import apply
@@ -26,7 +25,7 @@ from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, TESTS, Mutant
 from support import device
 
-TIMEOUT = 300  # seconds; a kernel that waits for what never comes is found out, too
+TIMEOUT = 240  # seconds; a kernel that waits for what never comes is found out, too
 NO_PROGRAM = "CompileException", "NVRTCError", "SyntaxError", "OutOfMemoryError"
 
 
@@ -41,9 +40,9 @@ class Result(NamedTuple):
     why: str
 
 
-def run_tests(tests: Iterable[str], mutant: Mutant | None = None) -> Result:
+def run_tests(tests: str, mutant: Mutant | None = None) -> Result:
     """What tests say of a mutant; of the tree as it is, for None."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
     environment = os.environ | {"CUPY_PAGED_RECEIPT": os.devnull}
     if mutant is not None:
         command += ["-p", apply.__name__]
@@ -68,7 +67,7 @@ def judge(mutant: Mutant) -> Result:
     start = time.perf_counter()
     try:
         mutant.text()
-        result = run_tests([mutant.tests], mutant)
+        result = run_tests(mutant.tests, mutant)
     except ValueError as stale:
         result = Result(Verdict.INVALID, str(stale))
     seconds = time.perf_counter() - start
@@ -76,19 +75,13 @@ def judge(mutant: Mutant) -> Result:
     return result
 
 
-def files_that_fail(mutants: Iterable[Mutant], workers: concurrent.futures.Executor) -> list[str]:
-    """What is wrong with the tests of some mutants before anything is changed."""
-    by_file: dict[str, set[str]] = {}
-    for mutant in mutants:
-        by_file.setdefault(mutant.tests.partition("::")[0], set()).add(mutant.tests)
-    # A file's own name stands for all tests in it.
-    groups = [[file] if file in tests else sorted(tests) for file, tests in by_file.items()]
-    results = workers.map(run_tests, groups)
-    return [
-        f"{' '.join(tests)} fails without any mutant: {result.why}"
-        for tests, result in zip(groups, results, strict=True)
-        if result.verdict is not Verdict.SURVIVED
-    ]
+def first_failure(runs: dict[str, concurrent.futures.Future[Result]]) -> str | None:
+    """What is wrong with the first tests that fail with nothing changed. None if all pass."""
+    tests = {run: tests for tests, run in runs.items()}
+    for run in concurrent.futures.as_completed(tests):
+        if run.result().verdict is not Verdict.SURVIVED:
+            return f"{tests[run]} fails without any mutant: {run.result().why}"
+    return None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,10 +100,13 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [mutant for mutant in chosen if not mutant.needs_gpu]
         print(f"{left_out} mutants need a GPU, left out: {reason}")
     with concurrent.futures.ThreadPoolExecutor(options.workers) as workers:
-        if broken := files_that_fail(chosen, workers):
-            print("\n".join(broken))
+        unchanged = {m.tests: workers.submit(run_tests, m.tests) for m in chosen}
+        judged = [workers.submit(judge, mutant) for mutant in chosen]
+        if broken := first_failure(unchanged):
+            workers.shutdown(cancel_futures=True)
+            print(broken)
             return 1
-        results = list(workers.map(judge, chosen))
+        results = [each.result() for each in judged]
     killed = sum(result.verdict is Verdict.KILLED for result in results)
     print(f"{killed} of {len(chosen)} mutants killed")
     print(json.dumps({"mutants": len(chosen), "killed": killed, "device": device.name()}))
