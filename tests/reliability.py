@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest finds what tests import
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import scoreboard
 from mutants.catalogue import MUTANTS
@@ -128,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG")
     scoreboard.record(parser.parse_args(argv).logs)
-    print("\n".join(scoreboard.table()))
     PAGE.write_text(page(), encoding="utf-8")
+    print("\n".join(scoreboard.table()))
     return 0
 
 

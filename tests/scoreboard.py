@@ -65,18 +65,14 @@ def _mutants(run: Figures) -> str:
 
 def _coverage(run: Figures) -> str:
     return (
-        f"{len(run['storages'])} of {NUM_STORAGES}; {len(run['head sizes'])} of "
-        f"{MAX_HEAD_SIZE // 8} head sizes, {len(run['block sizes'])} of {MAX_BLOCK_SIZE} block "
-        f"sizes, {len(run['group sizes'])} group sizes, in {run['specialisations']:,} "
-        "specialisations"
+        f"{run['storages']} of {NUM_STORAGES}; {run['head sizes']} of {MAX_HEAD_SIZE // 8} head "
+        f"sizes, {run['block sizes']} of {MAX_BLOCK_SIZE} block sizes, {run['group sizes']} group "
+        f"sizes, in {run['specialisations']:,} specialisations"
     )
 
 
 def _largest(run: Figures) -> str:
-    return (
-        f"{run['elements of a pool']:,} elements, offset {run['element offset']:,}, "
-        f"{run['tokens of a sequence']:,} tokens"
-    )
+    return f"{run['elements of a pool']:,} elements, offset {run['element offset']:,}"
 
 
 def _soak(run: Figures) -> str:
@@ -93,11 +89,15 @@ def _hand_offs(run: Figures) -> str:
 
 
 def _compiled(run: Figures) -> str:
-    return f"{run['compiled kernels']:,} for {len(run['architectures'])} architectures"
+    return f"{run['compiled kernels']:,} for {run['architectures']} architectures"
 
 
-def _count(name: str, more: str = "") -> Callable[[Figures], str]:
-    return lambda run: f"{run[name]:,}{more}"
+def _tools(run: Figures) -> str:
+    return ", ".join(f"{tool}: {found}" for tool, found in run["sanitizer"].items())
+
+
+def _count(name: str) -> Callable[[Figures], str]:
+    return lambda run: f"{run[name]:,}"
 
 
 ROWS = (
@@ -108,14 +108,15 @@ ROWS = (
     Row("Faults put in on purpose that tests notice (`python -m tests.mutants`)", "all", "mutants", _mutants),
     Row("Dtypes x cache dtypes x layouts that were run", "all", "tests", _coverage),
     Row("Runs in a poisoned pool, of the same bits as in a clean one", "all", "tests", _count("poisoned pools")),
-    Row("Largest pool, highest offset in it, longest sequence", "more than 2^32 elements, 2^20 tokens", "tests", _largest),
+    Row("Largest pool, and the highest offset of an element in use", "more than 2^32 elements", "tests", _largest),
+    Row("Tokens of the longest sequence", "1,048,576", "tests", _count("tokens of a sequence")),
     Row("Decode steps through `PagedKVCache` (`python tests/soak.py`)", "1,000,000, 0 failures", "soak", _soak),
     Row("Wrong calls refused by an error that names the argument", "200, all that are tried", "tests", _count("wrong calls")),
     Row("Replays of CUDA graphs with other rows, lengths and tables", "10,000", "tests", _count("graph replays")),
     Row("Runs again that gave the same bits", "250 of a call", "tests", _count("repeated runs")),
     Row("Rows with the same bits alone and in other batches", "all", "tests", _count("rows in other batches")),
     Row("Hand-offs between frameworks and streams while work is late", "1,000 of each way, 0 stale", "tests", _hand_offs),
-    Row("compute-sanitizer over a reduced grid (`python tests/sanitize.py`)", "0 findings", "sanitizer", lambda run: ", ".join(f"{tool}: {found}" for tool, found in run["sanitizer"].items())),
+    Row("compute-sanitizer over a reduced grid (`python tests/sanitize.py`)", "0 findings", "sanitizer", _tools),
     Row("Operations on the block pool, checked against a model", "10,000,000, 0 violations", "tests", _count("pool operations")),
     Row("Faults of the kernel cache survived", "12 kinds, all", "tests", _count("cache faults")),
     Row("Cold starts raced by processes, each kernel compiled once", "16 processes x 50", "tests", _count("cold starts")),
@@ -213,7 +214,7 @@ def _keep_host_figures(kept: dict[str, Any], run: Figures, stamp: Figures) -> No
     """Keeps a run of tests, and of those before it the ones that have counted something else."""
     runs = [{**stamp, "failed": run["failed"], "figures": run["figures"]}, *kept.get("host", ())]
     rows = [row for row in ROWS if row.kind == "tests"]
-    needed = [next((one for one in runs if _counted(row, one)), None) for row in rows]
+    needed = [next((one for one in runs if _words(row, one)), None) for row in rows]
     kept["host"] = [one for one in runs if one in needed]
 
 
@@ -241,15 +242,21 @@ class Score(NamedTuple):
     device: str
 
 
-def _of_tests(run: Figures) -> Figures:
-    """The figures of a run by name alone."""
-    return {name: value for kind in run["figures"].values() for name, value in kind.items()}
+def _numbers(figures: Figures) -> Figures:
+    """By name alone; of different things, how many there are."""
+    return {
+        name: len(value) if isinstance(value, list) else value
+        for kind in figures.values()
+        for name, value in kind.items()
+    }
 
 
-def _counted(row: Row, run: Figures) -> str | None:
-    """What a run of tests says to a row. None if it has not counted that."""
+def _words(row: Row, run: Figures) -> str | None:
+    """What a run says to a row. None if it has not counted that."""
+    if row.kind != "tests":
+        return row.found(run)
     try:
-        words = row.found(_of_tests(run))
+        words = row.found(_numbers(run["figures"]))
     except KeyError:
         return None
     return f"{words}; BUT {run['failed']} TESTS FAILED" if run["failed"] else words
@@ -286,23 +293,19 @@ def _of_accuracy(last: Figures | None) -> dict[str, Any]:
 def scores() -> Iterator[Score | Row]:
     """A score for each row that was measured; the row itself where it was not."""
     kept, last = records(), receipt.read()
-    of_tests = [*([_of_receipt(last, kept)] if last else ()), *kept.get("host", ())]
-    if ACCURACY.exists():
-        kept = {**kept, "accuracy": _of_accuracy(last)}
+    runs = {kind: [kept[kind]] for kind in kept if kind != "host"}
+    runs["tests"] = [*([_of_receipt(last, kept)] if last else ()), *kept.get("host", ())]
+    runs["accuracy"] = [_of_accuracy(last)] if ACCURACY.exists() else []
     for row in ROWS:
-        if row.kind == "tests":
-            run = next((run for run in of_tests if _counted(row, run)), None)
-            found = run and _counted(row, run)
-        else:
-            run = kept.get(row.kind)
-            found = run and row.found(run)
-        if not run:
+        found = ((words, run) for run in runs.get(row.kind, ()) if (words := _words(row, run)))
+        if (first := next(found, None)) is None:
             yield row
             continue
+        words, run = first
         commit = run["commit"] or f"sources {run['sources'][:10]}"
         if last is None or run["sources"] != last["sha256"]:
             commit = f"measured at {commit}"
-        yield Score(row.what, row.target, found, run["date"], commit, run["device"])
+        yield Score(row.what, row.target, words, run["date"], commit, run["device"])
 
 
 def table() -> list[str]:

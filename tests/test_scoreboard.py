@@ -1,6 +1,7 @@
 """The scoreboard has what was measured, with where it was; and what is put on record is checked."""
 
 import json
+import re
 
 import pytest
 
@@ -161,6 +162,32 @@ def test_accuracy_is_of_the_kernels_of_the_receipt_or_says_so(desk):
     assert desk.score("Largest error")[2:] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
     desk.receipt["kernels_sha256"] = "others"
     assert desk.score("Largest error").commit == "measured at c0ffeec0ff"
+
+
+def test_different_things_are_counted(desk):
+    names = {name: ["1", "2", "3"] for name in ("storages", "block sizes", "group sizes")}
+    each = {**names, "head sizes": ["8", "16"]}
+    desk.receipt["figures"] = {"sum": {"specialisations": 1200}, "each": each}
+    found = desk.score("Dtypes x cache dtypes").found
+    assert found.startswith("3 of 27; 2 of 64 head sizes, 3 of 256 block sizes, 3 group sizes")
+
+
+def test_every_name_that_a_test_counts_by_is_read_by_a_row():
+    class Reader(dict):
+        def __missing__(self, name):
+            return self.setdefault(name, 1)
+
+    reader = Reader()
+    for row in scoreboard.ROWS:
+        if row.kind == "tests":
+            row.found(reader)
+    counted = set()
+    for path in (receipt.ROOT / "tests").rglob("*.py"):
+        if path.name != "test_receipt.py":  # its names are of tests in other trees
+            text = path.read_text(encoding="utf-8")
+            counted |= set(re.findall(r"\btally(?:\.most|\.each)?\(\s*\"([^\"]+)\"", text))
+    assert counted <= reader.keys()
+    assert len(counted) >= 15
 
 
 @pytest.mark.parametrize(
