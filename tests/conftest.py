@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from support import device, receipt
+from support.tally import Figures, HostFigures, Tally
 
 # JAX would take most of the device's memory for itself, and several test processes share it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -38,6 +39,12 @@ def seed(request) -> int:
 @pytest.fixture
 def rng(seed) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def tally(record_property) -> Tally:
+    """Takes what a test has counted, for docs/RELIABILITY.md: see support/tally.py."""
+    return Tally(record_property)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +81,11 @@ def pytest_configure(config: pytest.Config) -> None:
         import cupy
 
         cupy.cuda.set_allocator(None)
-    if device.missing() is None and not is_xdist_worker:
+    if is_xdist_worker:
+        return
+    if path := os.environ.get("CUPY_PAGED_FIGURES"):
+        config.pluginmanager.register(HostFigures(Path(path)), "cupy_paged_figures")
+    if device.missing() is None:
         config.pluginmanager.register(ReceiptWriter(config), "cupy_paged_receipt")
 
 
@@ -98,6 +109,7 @@ class ReceiptWriter:
         self.items: set[str] = set()
         self.deselected = 0
         self.outcomes: dict[str, tuple[str, str]] = {}
+        self.figures = Figures()
         self.selected_by_id = any("::" in argument for argument in config.args)
         # What workers of pytest-xdist deselect is not seen here.
         filters = ("keyword", "markexpr", "deselect", "lf")
@@ -120,6 +132,7 @@ class ReceiptWriter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.nodeid not in self.items:
             return
+        self.figures.add(report)
         if report.failed:
             self.outcomes[report.nodeid] = ("failed", "")
         elif report.skipped:
@@ -161,6 +174,7 @@ class ReceiptWriter:
             sha256=self.sha256,
             environment={**receipt.describe_environment(), "left_out": device.left_out()},
             duration=time.monotonic() - self.start,
+            figures=self.figures.totals(),
         )
         receipt.write(written, self.path)
         self.result = f"GPU receipt: {receipt.summary(written)}: written to {self.path}"

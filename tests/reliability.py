@@ -1,8 +1,10 @@
 """What stands between a hazard and a user.
 
 `python tests/reliability.py [LOG ...]` writes docs/RELIABILITY.md: hazards that have bitten systems
-of this kind, the tests that stop them here, what the last GPU receipt says, and figures of longer
-runs. The last line of each LOG, which such a run has printed, is put on record first.
+of this kind, the tests that stop them here, and the scoreboard, which it prints as well. The last
+line of each LOG is put on record first: what `python -m tests.fuzz`, `python -m tests.mutants`,
+`python tests/soak.py` or `python tests/sanitize.py` has printed, or the file that a run of pytest
+has written to CUPY_PAGED_FIGURES.
 """
 
 # ruff: noqa: E501  (a table)
@@ -10,22 +12,18 @@ runs. The last line of each LOG, which such a run has printed, is put on record 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # as pytest finds what tests import
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import scoreboard
 from mutants.catalogue import MUTANTS
 from support import receipt
 
 PAGE = receipt.ROOT / "docs" / "RELIABILITY.md"
-RECORDS = receipt.ROOT / "docs" / "reliability.json"
-"""By the kind of run: what it has printed last, and when."""
-ACCURACY = receipt.ROOT / "benchmarks" / "results" / "accuracy.json"
 
 
 class Hazard(NamedTuple):
@@ -111,109 +109,28 @@ def _link(test: str) -> str:
 
 
 def _results() -> list[str]:
-    lines = ["", "## Last run on a GPU", "", f"{receipt.summary(receipt.read())}."]
-    rows = [*_figures(), *_accuracy()]
-    if rows:
-        lines += [
-            "",
-            "## Figures of longer runs",
-            "",
-            "| What | Target | Found | When, and on what |",
-        ]
-        lines += ["|---|---|---|---|", *rows]
-    return lines
-
-
-class Figure(NamedTuple):
-    """A row of the scoreboard, from what a kind of run has printed."""
-
-    what: str
-    target: str
-    found: Callable[[dict[str, Any]], str]
-
-
-FIGURES = {
-    "fuzz": Figure(
-        "Random calls of every operator (`python -m tests.fuzz`)",
-        "10,000 on a GPU, 0 failures",
-        lambda run: (
-            f"{run['cases'] - run['not_run']:,} from seed {run['seed']}, "
-            f"{len(run['failures'])} failures"
-        ),
-    ),
-    "mutants": Figure(
-        "Faults put in on purpose (`python -m tests.mutants`)",
-        "all are noticed",
-        lambda run: f"{run['killed']} of {run['mutants']}",
-    ),
-    "soak": Figure(
-        "Decode steps through `PagedKVCache` (`python tests/soak.py`)",
-        "1,000,000, no failure",
-        lambda run: (
-            f"{run['soak'].get('steps', 0):,}, {run['soak'].get('compared', 0):,} rows compared, "
-            f"{len(run['failures'])} failures"
-        ),
-    ),
-    "sanitizer": Figure(
-        "compute-sanitizer over a reduced grid (`python tests/sanitize.py`)",
-        "0 findings",
-        lambda run: ", ".join(f"{tool}: {found}" for tool, found in run["sanitizer"].items()),
-    ),
-}
-
-
-def records() -> dict[str, dict[str, Any]]:
-    return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-
-
-def record(logs: list[Path]) -> None:
-    """Keeps the last line of each log, under its kind; raises ValueError for one of no kind."""
-    kept = records()
-    for log in logs:
-        run = json.loads(log.read_text().strip().splitlines()[-1])
-        kind = next((kind for kind in FIGURES if kind in run), None)
-        if kind is None:
-            raise ValueError(f"{log}: ends with no figure of {', '.join(FIGURES)}")
-        if kind == "mutants" and run["mutants"] != len(MUTANTS):
-            raise ValueError(f"{log}: is of {run['mutants']} mutants, needs all {len(MUTANTS)}")
-        if kind == "sanitizer":
-            run["sanitizer"] = kept.get(kind, {}).get("sanitizer", {}) | run["sanitizer"]
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        kept[kind] = {"date": today, **run}
-    RECORDS.write_text(json.dumps(kept, indent=1) + "\n")
-
-
-def _figures() -> list[str]:
-    kept = records()
+    last = receipt.read()
     return [
-        f"| {figure.what} | {figure.target} | {figure.found(kept[kind])} "
-        f"| {kept[kind]['date']}, {kept[kind]['device']} |"
-        for kind, figure in FIGURES.items()
-        if kind in kept
+        "",
+        "## Last run on a GPU",
+        "",
+        f"{receipt.summary(last)}." if last else "None.",
+        "",
+        "## Scoreboard",
+        "",
+        "What was counted on the way, by tests that passed and by longer runs. A commit that a figure",
+        '"was measured at" had other sources than the last run on a GPU.',
+        "",
+        *scoreboard.table(),
     ]
-
-
-def _accuracy() -> list[str]:
-    """Errors as multiples of those of the same precision, see benchmarks/accuracy.py."""
-    if not ACCURACY.exists():
-        return []
-    document = json.loads(ACCURACY.read_text())
-    worst: dict[str, float] = {}
-    for row in document["rows"]:
-        ratio = row["error"] / row["reference_error"]
-        worst[row["kind"]] = max(worst.get(row["kind"], 0.0), ratio)
-    found = "; ".join(f"{kind}: {ratio:.2f}" for kind, ratio in worst.items())
-    where = f"{document['environment']['date'][:10]}, {document['environment']['device']}"
-    what = "Largest error over that of the same precision (`python -m benchmarks accuracy`)"
-    return [f"| {what} | at most 2 | {found} | {where} |"]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG")
-    if logs := parser.parse_args(argv).logs:
-        record(logs)
+    scoreboard.record(parser.parse_args(argv).logs)
     PAGE.write_text(page(), encoding="utf-8")
+    print("\n".join(scoreboard.table()))
     return 0
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import device
+from support import device, receipt
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = (
@@ -36,7 +36,8 @@ def main() -> int:
     without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     status = subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
     found = {tool: "findings" if status else "0"}
-    print(json.dumps({"sanitizer": found, "device": device.name()}))
+    log = {"sanitizer": found, "device": device.name(), "sources": receipt.digest()}
+    print(json.dumps(log))
     return status
 
 

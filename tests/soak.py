@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cupy_paged
 from cupy_paged import OutOfBlocks
 from cupy_paged.layouts import LAYOUTS
-from support import device
+from support import device, receipt
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 2, 4, 64
 NUM_BLOCKS, NUM_HOST_BLOCKS, MOST_ROWS, LONGEST = 160, 48, 24, 400
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                 totals[name] = totals.get(name, 0) + count
     seconds = round(time.perf_counter() - start, 1)
     where = "CPU" if arguments.device == "cpu" else device.name()
-    print(json.dumps({"soak": totals, "failures": failures, "seconds": seconds, "device": where}))
+    log = {"soak": totals, "failures": failures, "seconds": seconds, "device": where}
+    print(json.dumps({**log, "sources": receipt.digest()}))
     return int(bool(failures))
 
 

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from cupy_paged.block_allocator import BlockAllocator, NeverFits, OutOfBlocks
+from support.pool_model import TIMES
 
-NUM_OPERATIONS = 600_000
+NUM_OPERATIONS = 600_000 * TIMES
 
 
 def state(pool):
@@ -28,7 +29,7 @@ def check(pool, holders, keepers):
     assert (pool.num_kept, pool.num_used) == (len(kept), len(used))
 
 
-def test_pool_agrees_with_a_simple_model(seed):
+def test_pool_agrees_with_a_simple_model(seed, tally):
     draw, num_blocks = random.Random(seed), 50
     evicted, dead = [], []
     pool = BlockAllocator(num_blocks, evicting=evicted.append, dead=dead.append)
@@ -101,6 +102,7 @@ def test_pool_agrees_with_a_simple_model(seed):
     check(pool, holders, kept)
     assert refused > 1000
     assert shared > 1000
+    tally("pool operations", NUM_OPERATIONS)
 
 
 @pytest.mark.parametrize(

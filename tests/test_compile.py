@@ -199,10 +199,12 @@ def workers():
 
 @pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("kernels", SETS)
-def test_kernels_compile_without_spills(workers, kernels, sm):
+def test_kernels_compile_without_spills(workers, kernels, sm, tally):
     chosen = SETS[kernels](sm)
     found = [flaw for flaw in workers.map(flaws, chosen, itertools.repeat(sm)) if flaw]
     assert not found, f"{len(found)} of {len(chosen)} kernels:\n" + "\n".join(found)
+    tally("compiled kernels", len(chosen))
+    tally.each("architectures", sm)
 
 
 @pytest.mark.parametrize(("filename", "params"), PARAMS.items(), ids=PARAMS)

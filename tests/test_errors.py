@@ -546,7 +546,7 @@ def test_the_good_call_is_good(operator):
 
 
 @pytest.mark.parametrize("bad", [*BAD_CALLS, *OVERLAPS], ids=str)
-def test_a_bad_call_is_refused_and_writes_nothing(bad):
+def test_a_bad_call_is_refused_and_writes_nothing(bad, tally):
     given = GOOD[bad.operator]()
     given.update(bad.change(given))
     arrays = {
@@ -561,6 +561,7 @@ def test_a_bad_call_is_refused_and_writes_nothing(bad):
     assert type(caught.value) is bad.error
     for name, value in arrays.items():
         compare.bitwise(value, before[name], name)
+    tally("wrong calls", 1)
 
 
 ARRAYS = [
@@ -580,7 +581,7 @@ ARRAYS = [
         ("complex", "dtype complex64 is not supported, needs"),
     ],
 )
-def test_a_torch_tensor_without_numbers_in_memory_is_refused(operator, name, wrong, message):
+def test_a_torch_tensor_without_numbers_in_memory_is_refused(operator, name, wrong, message, tally):
     torch = pytest.importorskip("torch")
     given = GOOD[operator]()
     tensor = torch.from_numpy(given[name])
@@ -592,10 +593,11 @@ def test_a_torch_tensor_without_numbers_in_memory_is_refused(operator, name, wro
     given[name] = spoil[wrong]()
     with pytest.raises(TypeError, match=f"^{name}: {message}"):
         getattr(cupy_paged, operator)(**given)
+    tally("wrong calls", 1)
 
 
 @pytest.mark.parametrize(("operator", "name"), ARRAYS)
-def test_a_traced_jax_array_is_refused(operator, name):
+def test_a_traced_jax_array_is_refused(operator, name, tally):
     jax = pytest.importorskip("jax")
     given = GOOD[operator]()
     given[name] = given[name].astype(np.float32)  # without 64-bit integers, which JAX warns of
@@ -605,14 +607,16 @@ def test_a_traced_jax_array_is_refused(operator, name):
 
     with pytest.raises(TypeError, match=f"^{name}: is being traced by jax.jit"):
         jax.jit(call)(given[name])
+    tally("wrong calls", 1)
 
 
 @pytest.mark.parametrize(("operator", "name"), ARRAYS)
-def test_a_mask_is_not_ignored(operator, name):
+def test_a_mask_is_not_ignored(operator, name, tally):
     given = GOOD[operator]()
     given[name] = np.ma.masked_array(given[name])
     with pytest.raises(TypeError, match=f"^{name}: got MaskedArray, needs an array"):
         getattr(cupy_paged, operator)(**given)
+    tally("wrong calls", 1)
 
 
 def test_flash_caches_of_which_no_shape_tells_the_layout_are_vllms():

@@ -1,4 +1,4 @@
-"""When a session writes the GPU receipt, and what the receipt must say to vouch for a tree.
+"""When a session writes the GPU receipt and figures, and what must be in them.
 
 The sessions run in a small tree of their own, with this conftest and a stand-in for CuPy.
 """
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,18 @@ class Tree:
 
     def __init__(self, root: Path):
         self.root = root
-        for name in ("conftest", "support/__init__", "support/device", "support/receipt"):
+        for name in (
+            "conftest",
+            "support/__init__",
+            "support/device",
+            "support/receipt",
+            "support/tally",
+        ):
             self.write(f"tests/{name}.py", (receipt.ROOT / f"tests/{name}.py").read_text())
         shutil.copy(receipt.ROOT / "pyproject.toml", root)
         self.write("cupy_paged/__init__.py", "")
         self.write("cupy_paged/info.py", INFO)
+        self.write("cupy_paged/compiler.py", "sources_digest = lambda: 'kernels'\n")
         self.write("kernels/one.cu", "// one\n")
         self.write("tests/gpu/test_one.py", GPU_TESTS)
         self.write("tests/gpu/deeper/test_two.py", "def test_two(): pass\n")
@@ -66,6 +74,7 @@ class Tree:
             "PYTHONPATH": str(self.root / "stand_in"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_ADDOPTS": "",
+            "CUPY_PAGED_FIGURES": "",
             **variables,
         }
         if "CUPY_PAGED_RECEIPT" not in variables:
@@ -192,6 +201,90 @@ def test_failures_errors_and_skips_are_recorded_and_refused(tree):
     assert f"unexpected skip: {two}test_skips" in words
 
 
+TALLIES = """
+import pytest
+
+@pytest.mark.parametrize("n", [1, 20, 3])
+def test_passes(n, tally):
+    tally("tried", n)
+    tally.most("largest", n)
+    tally.each("numbers", n)
+    tally.each("numbers", 100)
+
+def test_fails(tally):
+    tally("tried", 1000)
+    assert False
+
+@pytest.fixture
+def leaky():
+    yield
+    raise RuntimeError
+
+def test_leaks(tally, leaky):
+    tally.most("largest", 1000)
+
+def test_skips(tally):
+    tally.each("numbers", 1000)
+    pytest.skip("after all")
+"""
+TALLIED = {
+    "sum": {"tried": 24},
+    "most": {"largest": 20},
+    "each": {"numbers": ["1", "3", "20", "100"]},
+}
+WITHOUT_AND_WITH_WORKERS = pytest.mark.parametrize(
+    "workers",
+    [
+        [],
+        pytest.param(
+            ["-n2"],
+            marks=pytest.mark.skipif(not find_spec("xdist"), reason="needs pytest-xdist"),
+        ),
+    ],
+    ids=["alone", "xdist"],
+)
+
+
+@WITHOUT_AND_WITH_WORKERS
+def test_the_receipt_has_what_tests_that_passed_have_counted(tree, workers):
+    tree.write("tests/gpu/deeper/test_two.py", TALLIES)
+    tree.write("tests/test_host.py", TALLIES)
+    tree.pytest(*workers)
+    assert tree.receipt()["figures"] == TALLIED
+    assert tree.receipt()["failed"] == 2
+
+
+@WITHOUT_AND_WITH_WORKERS
+@pytest.mark.parametrize("num_devices", [0, 1])
+def test_what_tests_on_the_host_count_goes_where_it_is_asked_for(tree, workers, num_devices):
+    tree.set_device_count(num_devices)
+    tree.write("tests/gpu/deeper/test_two.py", TALLIES)
+    tree.write("tests/test_host.py", TALLIES)
+    output = tree.pytest(*workers, CUPY_PAGED_FIGURES="out/figures.json")
+    assert f"figures: written to {tree.root}/out/figures.json" in output
+    (line,) = (tree.root / "out/figures.json").read_text().splitlines()
+    assert json.loads(line) == {
+        "figures": TALLIED,
+        "failed": 2,
+        "device": "CPU",
+        "sources": receipt.digest(tree.root),
+    }
+
+
+@pytest.mark.parametrize(
+    ("test", "reason"),
+    [
+        ("raise KeyboardInterrupt", "the run was stopped"),
+        ("open('kernels/one.cu', 'a').write('// more')", "the sources changed during the run"),
+    ],
+)
+def test_no_figures_of_a_run_that_was_none(tree, test, reason):
+    tree.write("tests/test_host.py", f"def test_host(): {test}\n")
+    output = tree.pytest("tests/test_host.py", CUPY_PAGED_FIGURES="figures.json")
+    assert f"figures: not written: {reason}" in output
+    assert not (tree.root / "figures.json").exists()
+
+
 def test_without_a_device_gpu_tests_are_not_collected_and_the_header_says_so(tree):
     tree.pytest()
     tree.set_device_count(0)
@@ -238,6 +331,7 @@ def vouching(tree: Tree, **changes: object) -> dict:
         sha256=sha256,
         environment={"devices": ["stand-in"]},
         duration=1.0,
+        figures={},
     )
     return {**good, **changes}
 

@@ -10,9 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from cupy_paged import prefix_index
 from cupy_paged.block_allocator import NeverFits, OutOfBlocks
 from cupy_paged.sequences import SequencePool
-from support.pool_model import Fuzzer, PoolModel
+from support.pool_model import TIMES, Fuzzer, PoolModel
 
-NUM_STEPS = 100_000
+NUM_STEPS = 100_000 * TIMES
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ NUM_STEPS = 100_000
         (24, 2, {"prefix_caching": False, "num_host_blocks": 7}),
     ],
 )
-def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options):
+def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options, tally):
     fuzzer = Fuzzer(seed, num_blocks, block_size, **options)
     for step in range(NUM_STEPS):
         fuzzer.step()
@@ -54,6 +54,7 @@ def test_pool_agrees_with_a_simple_model(seed, num_blocks, block_size, options):
     if fuzzer.model.pool.host is not None:
         assert fuzzer.model.pool.host.allocator.num_used == 0
         assert len(fuzzer.model.pool.host._index) == 0
+    tally("pool operations", NUM_STEPS)
 
 
 def test_collisions_of_hashes_change_nothing(monkeypatch, seed):

@@ -9,6 +9,7 @@ from cupy_paged import gpu
 from cupy_paged.arrays import array
 from cupy_paged.attention_kernels import HeadProblem, attention_plan
 from cupy_paged.layouts import geometry
+from scoreboard import NUM_STORAGES
 from support import cases, compare, data, frameworks, oracle
 from support.data import Case, build, needles
 
@@ -143,6 +144,11 @@ def test_every_axis_of_the_cases_is_covered(drawn):
         for dtype in cases.DTYPES
         for cache in ("float8_e4m3fn", "float8_e5m2", dtype)
     }
+
+
+def test_every_dtype_is_run_from_every_cache_in_every_layout():
+    storages = {(case.dtype, case.cache_dtype.name, case.layout) for case in cases.GPU}
+    assert len(storages) == NUM_STORAGES
 
 
 def test_every_axis_of_the_cases_for_tensor_cores_is_covered():

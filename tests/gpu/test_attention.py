@@ -38,8 +38,13 @@ def small_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("case", cases.GPU, ids=str)
-def test_matches_oracle(case):
+def test_matches_oracle(case, tally):
     ops.check_attention(build(case), CUPY)
+    tally("specialisations", 1)
+    tally.each("storages", f"{case.dtype} {case.cache_dtype} {case.layout}")
+    tally.each("head sizes", case.head_size)
+    tally.each("block sizes", case.block_size)
+    tally.each("group sizes", case.group)
 
 
 @pytest.mark.parametrize("case", cases.GPU[::6], ids=str)
@@ -83,11 +88,12 @@ def test_scratch_of_tensor_cores(case):
 
 
 @STORAGES
-def test_needles_in_long_contexts(dtype, kv_cache_dtype, layout):
+def test_needles_in_long_contexts(dtype, kv_cache_dtype, layout, tally):
     length, group = 131072, 8
     case = Case(dtype, kv_cache_dtype, layout, 1, group, head_size=128, seq_lens=())
     tokens = [0, 15, 16, 511, 512, 65535, 65536, length - 1]
     ops.check_attention(needles(case, length, tokens), CUPY)
+    tally("needles", len(tokens))
 
 
 @STORAGES
@@ -97,10 +103,12 @@ def test_long_contexts(dtype, kv_cache_dtype, layout):
     ops.check_attention(build(case), CUPY)
 
 
-def test_a_million_tokens():
+def test_a_million_tokens(tally):
     length = 2**20 + 1
     case = Case(num_kv_heads=1, group=8, head_size=64, seq_lens=())
     ops.check_attention(needles(case, length, [0, 2**20]), CUPY)
+    tally("needles", 2)
+    tally.most("tokens of a sequence", length)
 
 
 class TestAttention(AttentionSuite):

@@ -45,7 +45,7 @@ def same_bits(found, expected, what):
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_a_row_has_the_same_bits_in_any_batch(call, loaded):
+def test_a_row_has_the_same_bits_in_any_batch(call, loaded, tally):
     problem, caches = loaded
     rng = np.random.default_rng(7)
     expected = call(problem, CUPY, **caches)
@@ -60,6 +60,7 @@ def test_a_row_has_the_same_bits_in_any_batch(call, loaded):
         found = call(problem.rows(batch), CUPY, **caches)
         what = f"{call.__name__} of rows {batch}, of lengths {problem.seq_lens[batch].tolist()}"
         same_bits(found, [array[batch] for array in expected], what)
+        tally("rows in other batches", len(batch))
 
 
 def partition_size(seq_len):
@@ -90,12 +91,14 @@ def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded, monkeypatch):
         same_bits(call(problem, CUPY, **caches), want, call.__name__)
 
 
-def test_many_runs_give_the_same_bits(loaded):
+def test_many_runs_give_the_same_bits(loaded, tally):
     problem, caches = loaded
     for call in CALLS:
         first = call(problem, CUPY, **caches)
-        for run in range(250 if call is ops.paged_attention else 50):
+        runs = 250 if call is ops.paged_attention else 50
+        for run in range(runs):
             same_bits(call(problem, CUPY, **caches), first, f"{call.__name__}, run {run}")
+        tally("repeated runs", runs)
 
 
 def test_estimates_and_widths_change_no_bit(loaded):

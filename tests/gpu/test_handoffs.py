@@ -116,7 +116,7 @@ class LateTokens:
         return self.cache[0, :, 3:5].swapaxes(0, 1)
 
 
-def check_hand_offs(task, giver, taker):
+def check_hand_offs(task, giver, taker, tally):
     giver, taker = at_work(giver), at_work(taker)
     late = 0
     with giver, taker:
@@ -132,23 +132,25 @@ def check_hand_offs(task, giver, taker):
         cupy.cuda.Device().synchronize()
         check_numbers(found())
     assert late >= ROUNDS // 10, f"only {late} of {ROUNDS} inputs were late: nothing is shown"
+    tally("hand-offs", ROUNDS)
+    tally("ways of hand-offs", 1)
 
 
 @pytest.mark.parametrize(("giver", "taker"), PAIRS, **by_name)
-def test_an_input_of_another_framework_is_awaited(giver, taker):
-    check_hand_offs(LateValues, giver, taker)
+def test_an_input_of_another_framework_is_awaited(giver, taker, tally):
+    check_hand_offs(LateValues, giver, taker, tally)
 
 
 @pytest.mark.parametrize("task", [LateQuery, LateTokens])
 @pytest.mark.parametrize(("giver", "taker"), [p for p in PAIRS if p[1].writable], **by_name)
-def test_an_output_of_another_framework_is_awaited_there(giver, taker, task):
-    check_hand_offs(task, giver, taker)
+def test_an_output_of_another_framework_is_awaited_there(giver, taker, task, tally):
+    check_hand_offs(task, giver, taker, tally)
 
 
 @pytest.mark.parametrize(
     ("owner", "leader"), list(itertools.product(ADAPTERS, repeat=2)), **by_name
 )
-def test_memory_may_be_reused_right_after_the_call(owner, leader):
+def test_memory_may_be_reused_right_after_the_call(owner, leader, tally):
     shape = 1, 1, BLOCK_SIZE, HEAD_SIZE
     owner, leader = at_work(owner), at_work(leader)
     late, places = 0, set()
@@ -179,6 +181,8 @@ def test_memory_may_be_reused_right_after_the_call(owner, leader):
         check_numbers(found())
     assert late >= ROUNDS // 10, f"only {late} of {ROUNDS} ops were late: nothing is shown"
     assert len(places) < ROUNDS, "no memory was used twice: nothing is shown"
+    tally("hand-offs", ROUNDS)
+    tally("ways of hand-offs", 1)
 
 
 @pytest.mark.parametrize("arrays", [a for a in ADAPTERS if a.name == "jax"], **by_name)

@@ -23,7 +23,7 @@ from mutants import apply
 from mutants.apply import VARIABLE
 from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, TESTS, Mutant
-from support import device
+from support import device, receipt
 
 TIMEOUT = 240  # seconds; a kernel that waits for what never comes is found out, too
 NO_PROGRAM = "CompileException", "NVRTCError", "SyntaxError", "OutOfMemoryError"
@@ -109,5 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = [each.result() for each in judged]
     killed = sum(result.verdict is Verdict.KILLED for result in results)
     print(f"{killed} of {len(chosen)} mutants killed")
-    print(json.dumps({"mutants": len(chosen), "killed": killed, "device": device.name()}))
+    verdicts = {m.fault: r.verdict.value for m, r in zip(chosen, results, strict=True)}
+    log = {"mutants": verdicts, "device": device.name(), "sources": receipt.digest()}
+    print(json.dumps(log))
     return int(killed < len(chosen))

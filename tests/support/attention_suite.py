@@ -38,22 +38,29 @@ def with_nan_key(problem, seq, token, kv_head):
 
 class AttentionSuite:
     @EVERY_STORAGE
-    def test_needle_at_every_page_and_partition_edge(self, arrays, dtype, kv_cache_dtype, layout):
+    def test_needle_at_every_page_and_partition_edge(
+        self, arrays, dtype, kv_cache_dtype, layout, tally
+    ):
         seq_len = 600
         case = Case(dtype, kv_cache_dtype, layout, num_kv_heads=1, seq_lens=())
-        problem = needles(case, seq_len, edges(seq_len, case.block_size, 512))
+        tokens = edges(seq_len, case.block_size, 512)
+        problem = needles(case, seq_len, tokens)
         ops.check_attention(problem, arrays)
         out, *_ = ops.paged_attention_v2(problem, arrays, num_partitions=20, partition_size=32)
         compare.close(out, problem.expected[0], dtype)
+        tally("needles", len(tokens))
 
     @EVERY_STORAGE
-    def test_dead_slots_and_wild_ids_change_nothing(self, arrays, dtype, kv_cache_dtype, layout):
+    def test_dead_slots_and_wild_ids_change_nothing(
+        self, arrays, dtype, kv_cache_dtype, layout, tally
+    ):
         case = Case(dtype=dtype, kv_cache_dtype=kv_cache_dtype, layout=layout, seq_lens=RAGGED)
         poisoned = build(case)
         for call in ops.paged_attention, ops.paged_attention_v1, ops.paged_attention_v2:
             found, clean = call(poisoned, arrays), call(poisoned.unpoisoned(), arrays)
             for got, want in zip(found, clean, strict=True):
                 compare.bitwise(got, want, call.__name__)
+            tally("poisoned pools", 1)
 
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
     def test_large_logits(self, arrays, dtype):
@@ -106,13 +113,14 @@ class AttentionSuite:
 
     @pytest.mark.parametrize("alibi", [False, True])
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
-    def test_row_alone_has_the_bits_it_has_in_a_batch(self, arrays, dtype, alibi):
+    def test_row_alone_has_the_bits_it_has_in_a_batch(self, arrays, dtype, alibi, tally):
         problem = build(Case(dtype=dtype, alibi=alibi, seq_lens=RAGGED))
         for call in ops.paged_attention, ops.paged_attention_v2:
             batch = call(problem, arrays)
             for row in range(len(RAGGED)):
                 alone = call(problem.rows([row]), arrays)
                 compare.bitwise(alone[0][0], batch[0][row], f"{call.__name__}, row {row}")
+            tally("rows in other batches", len(RAGGED))
 
     @pytest.mark.parametrize("partition_size", [16, 64, 128, 512, 1024])
     @pytest.mark.parametrize("scratch", ["float32", "float16"])

@@ -119,4 +119,7 @@ GPU = [
     *attention(40, 2, around_partitions),
     *attention(14, 3, around_small_blocks),
     *TENSOR_CORES,
+    # Storages that no draw has.
+    Case("float32", "auto", "HND", 1, 3, 80, 24, around_partitions(24)),
+    Case("float32", "fp8_e5m2", "vllm", 2, 5, 96, 8, around_partitions(8)),
 ]

@@ -1,5 +1,7 @@
 """What holds for `merge_attn_states` with the arrays of any framework that can be written."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -37,6 +39,45 @@ def merge(given, arrays, dtype, **changes):
     result = cupy_paged.merge_attn_states(output, *made, output_lse=output_lse, **changes)
     assert result is None
     return arrays.numpy(output), arrays.numpy(output_lse)
+
+
+def ranks(rng, num_ranks, num_heads=3, head_size=64, num_keys=5):
+    """States of ranks that each hold some keys of every row, and the state of all keys at once.
+
+    A token for each set of ranks that may be empty. What is empty has NaN for its output, but where
+    all of them are.
+    """
+    shape = num_ranks, 2**num_ranks, num_heads, num_keys
+    logits = 3.0 * rng.standard_normal(shape)
+    empty = (np.arange(2**num_ranks) >> np.arange(num_ranks)[:, None]) & 1 == 1
+    logits[empty] = -INF
+    values = rng.standard_normal((*shape, head_size))
+
+    def state(logits, values):
+        largest = np.maximum(logits.max(axis=-1, keepdims=True), np.finfo(float).min)
+        weights = np.exp(logits - largest)
+        total = weights.sum(axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            output = np.einsum("...k,...kd->...d", weights, values) / total[..., None]
+            return output, (largest[..., 0] + np.log(total)).swapaxes(-1, -2)
+
+    outputs, lse = state(logits, values)
+    whole = state(*(np.concatenate(list(parts), axis=2) for parts in (logits, values)))
+    outputs[:, -1] = whole[0][-1] = 0.0
+    parts = zip(*(array.astype(np.float32, order="C") for array in (outputs, lse)), strict=True)
+    return list(parts), whole
+
+
+def merge_one_by_one(parts, merge_two):
+    return functools.reduce(merge_two, parts)
+
+
+def merge_neighbours(parts, merge_two):
+    """As a tree: neighbours first, and then the results."""
+    while len(parts) > 1:
+        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
+        parts = [merge_two(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return parts[0]
 
 
 def check(given, arrays, dtype, with_context=None):
@@ -128,6 +169,26 @@ class MergeSuite:
         again, lse_again = merge(exchanged, arrays, "float32")
         compare.close(again, output, "float32", tolerance=5e-7)
         compare.close_lse(lse_again, lse, tolerance=5e-7)
+
+    @pytest.mark.parametrize("num_ranks", range(2, 9))
+    def test_ranks_of_which_any_may_be_empty_in_any_order(self, arrays, rng, num_ranks, tally):
+        parts, (expected, expected_lse) = ranks(rng, num_ranks)
+        shuffled = [parts[i] for i in rng.permutation(num_ranks)]
+
+        def merge_two(prefix, suffix):
+            return merge((*prefix, *suffix), arrays, "float32")
+
+        for way, order in (
+            (merge_one_by_one, parts),
+            (merge_one_by_one, parts[::-1]),
+            (merge_one_by_one, shuffled),
+            (merge_neighbours, parts),
+            (merge_neighbours, shuffled),
+        ):
+            output, lse = way(order, merge_two)
+            compare.close(output, expected, "float32", way.__name__)
+            compare.close_lse(lse, expected_lse, f"lse of {way.__name__}")
+            tally("merges of ranks", 2**num_ranks)
 
     def test_lse_may_be_transposed_views(self, arrays, rng):
         prefix_output, prefix_lse, suffix_output, suffix_lse = given = states(rng, "float16")

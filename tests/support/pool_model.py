@@ -7,6 +7,7 @@ systems: double frees, evicted blocks that are still found, shared tails, collis
 allocations, stale blocks.)
 """
 
+import os
 import random
 from collections import Counter
 
@@ -14,6 +15,8 @@ from cupy_paged.block_allocator import NeverFits, OutOfBlocks
 from cupy_paged.sequences import SequencePool
 
 DEAD = None
+TIMES = int(os.environ.get("CUPY_PAGED_TEST_TIMES", "1"))
+"""As many operations as usual, so many times."""
 
 
 class PoolModel:

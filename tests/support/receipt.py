@@ -68,8 +68,12 @@ def compose(
     sha256: str,
     environment: Mapping[str, object],
     duration: float,
+    figures: Mapping[str, Mapping[str, object]],
 ) -> dict:
-    """A receipt from the outcome of every GPU test: id -> (one of OUTCOMES, reason)."""
+    """A receipt from the outcome of every GPU test: id -> (one of OUTCOMES, reason).
+
+    figures    what the tests that passed have counted, see support/tally.py
+    """
     counts = dict.fromkeys(OUTCOMES, 0)
     for outcome, _ in outcomes.values():
         counts[outcome] += 1
@@ -86,18 +90,20 @@ def compose(
             for name, (outcome, reason) in sorted(outcomes.items())
             if outcome == "skipped"
         },
+        "figures": figures,
     }
 
 
 def describe_environment() -> dict[str, object]:
-    """Device, driver and library versions, as the receipt records them."""
-    from cupy_paged import info
+    """Device, driver, kernels and library versions, as the receipt records them."""
+    from cupy_paged import compiler, info
 
     return {
         "devices": [str(device) for device in info.devices()],
         "driver": info.driver_version(),
         "driver_cuda": info.driver_cuda_version(),
         "nvrtc": info.nvrtc_version(),
+        "kernels_sha256": compiler.sources_digest(),
         "python": platform.python_version(),
         "versions": info.framework_versions(),
     }

@@ -1,0 +1,317 @@
+"""Figures of what was run, each with the day, the commit and the device that it was found on.
+
+They come from the GPU receipt, from logs of runs that are too long for a test, and from what tests
+on the host have counted. Nothing here is typed in: `record` keeps a log in docs/reliability.json.
+"""
+
+# ruff: noqa: E501  (a table)
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cupy_paged.layouts import LAYOUTS, MAX_BLOCK_SIZE, MAX_HEAD_SIZE
+from mutants.catalogue import MUTANTS
+from support import receipt
+
+RECORDS = receipt.ROOT / "docs" / "reliability.json"
+"""By the kind of run: what it has found last, and on what."""
+ACCURACY = receipt.ROOT / "benchmarks" / "results" / "accuracy.json"
+NUM_STORAGES = 3 * 3 * len(LAYOUTS)
+"""Dtypes of queries, times dtypes of caches for each, times layouts."""
+
+Figures = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """
+    what      is counted
+    target    what it should come to
+    kind      of the runs that it is from; "tests" for the receipt and tests on the host
+    found     the words for it; raises KeyError for a run that has not counted it
+    """
+
+    what: str
+    target: str
+    kind: str
+    found: Callable[[Figures], str]
+
+
+def _fuzz(run: Figures) -> str:
+    seeds = sorted(map(int, run["seeds"]))
+    cases = sum(seed["cases"] for seed in run["seeds"].values())
+    failures = sum(len(seed["failures"]) for seed in run["seeds"].values())
+    return f"{cases:,} from seeds {', '.join(map(str, seeds))}; {failures} failures"
+
+
+def _accuracy(run: Figures) -> str:
+    worst: dict[str, float] = {}
+    for row in run["rows"]:
+        ratio = row["error"] / row["reference_error"]
+        worst[row["kind"]] = max(worst.get(row["kind"], 0.0), ratio)
+    return "; ".join(f"{kind}: {ratio:.2f}" for kind, ratio in worst.items())
+
+
+def _mutants(run: Figures) -> str:
+    verdicts = [run["mutants"].get(mutant.fault) for mutant in MUTANTS]
+    words = f"{verdicts.count('killed')} of {len(verdicts)}"
+    return words + (f", {missing} not run" if (missing := verdicts.count(None)) else "")
+
+
+def _coverage(run: Figures) -> str:
+    return (
+        f"{run['storages']} of {NUM_STORAGES}; {run['head sizes']} of {MAX_HEAD_SIZE // 8} head "
+        f"sizes, {run['block sizes']} of {MAX_BLOCK_SIZE} block sizes, {run['group sizes']} group "
+        f"sizes, in {run['specialisations']:,} specialisations"
+    )
+
+
+def _largest(run: Figures) -> str:
+    return f"{run['elements of a pool']:,} elements, offset {run['element offset']:,}"
+
+
+def _soak(run: Figures) -> str:
+    counts = run["soak"]
+    return (
+        f"{counts.get('steps', 0):,} steps, {counts.get('compared', 0):,} rows compared, "
+        f"{counts.get('grown_bytes', 0) / 2**20:.1f} MiB grown in all processes together, "
+        f"{len(run['failures'])} failures"
+    )
+
+
+def _hand_offs(run: Figures) -> str:
+    return f"{run['hand-offs']:,} in {run['ways of hand-offs']} ways"
+
+
+def _compiled(run: Figures) -> str:
+    return f"{run['compiled kernels']:,} for {run['architectures']} architectures"
+
+
+def _tools(run: Figures) -> str:
+    return ", ".join(f"{tool}: {found}" for tool, found in run["sanitizer"].items())
+
+
+def _count(name: str) -> Callable[[Figures], str]:
+    return lambda run: f"{run[name]:,}"
+
+
+ROWS = (
+    Row("Random calls of every operator, on a GPU (`python -m tests.fuzz`)", "10,000, 0 failures", "fuzz gpu", _fuzz),
+    Row("Random calls of every operator, of the reference (`python -m tests.fuzz --device host`)", "0 failures", "fuzz host", _fuzz),
+    Row("Largest error over that of the same precision (`python -m benchmarks accuracy`)", "at most 2", "accuracy", _accuracy),
+    Row("Needles found at the edges of pages and partitions, and at the end", "all", "tests", _count("needles")),
+    Row("Faults put in on purpose that tests notice (`python -m tests.mutants`)", "all", "mutants", _mutants),
+    Row("Dtypes x cache dtypes x layouts that were run", "all", "tests", _coverage),
+    Row("Runs in a poisoned pool, of the same bits as in a clean one", "all", "tests", _count("poisoned pools")),
+    Row("Largest pool, and the highest offset of an element in use", "more than 2^32 elements", "tests", _largest),
+    Row("Tokens of the longest sequence", "1,048,576", "tests", _count("tokens of a sequence")),
+    Row("Decode steps through `PagedKVCache` (`python tests/soak.py`)", "1,000,000, 0 failures", "soak", _soak),
+    Row("Wrong calls refused by an error that names the argument", "200, all that are tried", "tests", _count("wrong calls")),
+    Row("Replays of CUDA graphs with other rows, lengths and tables", "10,000", "tests", _count("graph replays")),
+    Row("Runs again that gave the same bits", "250 of a call", "tests", _count("repeated runs")),
+    Row("Rows with the same bits alone and in other batches", "all", "tests", _count("rows in other batches")),
+    Row("Hand-offs between frameworks and streams while work is late", "1,000 of each way, 0 stale", "tests", _hand_offs),
+    Row("compute-sanitizer over a reduced grid (`python tests/sanitize.py`)", "0 findings", "sanitizer", _tools),
+    Row("Operations on the block pool, checked against a model", "10,000,000, 0 violations", "tests", _count("pool operations")),
+    Row("Faults of the kernel cache survived", "12 kinds, all", "tests", _count("cache faults")),
+    Row("Cold starts raced by processes, each kernel compiled once", "16 processes x 50", "tests", _count("cold starts")),
+    Row("Specialisations compiled without a GPU, none of which spills", "all", "tests", _compiled),
+    Row("Merges of up to 8 ranks, any of them empty, in several orders, equal to the whole", "all patterns", "tests", _count("merges of ranks")),
+)  # fmt: skip
+
+
+# ---- what is on record ----
+
+
+def records() -> dict[str, Any]:
+    return json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+
+
+def record(logs: list[Path]) -> None:
+    """Keeps the last line of each log, under its kind, and the commit of the receipt.
+
+    Raises ValueError for a log of no kind, or of sources that it does not name.
+    """
+    kept = records()
+    for log in logs:
+        try:
+            run = json.loads(log.read_text().strip().splitlines()[-1])
+            kind = next(kind for kind in KEEP if kind in run)
+        except (IndexError, ValueError, TypeError, StopIteration):
+            raise ValueError(f"{log}: does not end with a figure of {', '.join(KEEP)}") from None
+        if "sources" not in run:
+            raise ValueError(f"{log}: does not say which sources it is of, needs a new run")
+        now = datetime.datetime.now(datetime.timezone.utc)
+        stamp = {
+            "date": now.date().isoformat(),
+            "commit": commit_of(run["sources"]),
+            **{key: run[key] for key in ("sources", "device")},
+        }
+        KEEP[kind](kept, run, stamp)
+    if last := receipt.read():
+        sources, known = last["sha256"], kept.get("receipt", {})
+        is_known = known.get("sources") == sources and known["commit"]
+        commit = known["commit"] if is_known else commit_of(sources)
+        kept["receipt"] = {"sources": sources, "commit": commit}
+    RECORDS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def commit_of(sources: str) -> str | None:
+    """The commit of this tree; None if it has not these sources."""
+    if sources != receipt.digest():
+        return None
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--", *receipt.VOUCHED_FOR)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head} and changes" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=receipt.ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _same_run(known: Figures | None, stamp: Figures) -> bool:
+    """Whether both are of the same sources on the same device, so that they may be added up."""
+    return known is not None and all(known[key] == stamp[key] for key in ("sources", "device"))
+
+
+def _keep_fuzz(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+    """Adds the cases of another seed; a seed counts once, and its failures stay."""
+    kind = f"fuzz {run['fuzz']}"
+    seeds = kept[kind]["seeds"] if _same_run(kept.get(kind), stamp) else {}
+    cases, failures = run["cases"] - run["not_run"], run["failures"]
+    if before := seeds.get(str(run["seed"])):
+        cases = max(cases, before["cases"])
+        failures = [*before["failures"], *(f for f in failures if f not in before["failures"])]
+    seeds = seeds | {str(run["seed"]): {"cases": cases, "failures": failures}}
+    kept[kind] = {**stamp, "seeds": seeds}
+
+
+def _keep_parts(kind: str) -> Callable[[dict[str, Any], Figures, Figures], None]:
+    """Keeps a run beside the parts of it that were run before: by mutant, or by tool."""
+
+    def keep(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+        before = kept[kind][kind] if _same_run(kept.get(kind), stamp) else {}
+        kept[kind] = {**stamp, kind: {**before, **run[kind]}}
+
+    return keep
+
+
+def _keep_last(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+    kept["soak"] = {**stamp, "soak": run["soak"], "failures": run["failures"]}
+
+
+def _keep_host_figures(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+    """Keeps a run of tests, and of those before it the ones that have counted something else."""
+    runs = [{**stamp, "failed": run["failed"], "figures": run["figures"]}, *kept.get("host", ())]
+    rows = [row for row in ROWS if row.kind == "tests"]
+    needed = [next((one for one in runs if _words(row, one)), None) for row in rows]
+    kept["host"] = [one for one in runs if one in needed]
+
+
+KEEP = {
+    "fuzz": _keep_fuzz,
+    "mutants": _keep_parts("mutants"),
+    "soak": _keep_last,
+    "sanitizer": _keep_parts("sanitizer"),
+    "figures": _keep_host_figures,
+}
+"""By the word that a log has for its kind."""
+
+
+# ---- the table ----
+
+
+class Score(NamedTuple):
+    """A row of the table."""
+
+    what: str
+    target: str
+    found: str
+    date: str
+    commit: str
+    device: str
+
+
+def _numbers(figures: Figures) -> Figures:
+    """By name alone; of different things, how many there are."""
+    return {
+        name: len(value) if isinstance(value, list) else value
+        for kind in figures.values()
+        for name, value in kind.items()
+    }
+
+
+def _words(row: Row, run: Figures) -> str | None:
+    """What a run says to a row. None if it has not counted that."""
+    if row.kind != "tests":
+        return row.found(run)
+    try:
+        words = row.found(_numbers(run["figures"]))
+    except KeyError:
+        return None
+    return f"{words}; BUT {run['failed']} TESTS FAILED" if run["failed"] else words
+
+
+def _of_receipt(last: Figures, kept: Figures) -> dict[str, Any]:
+    known = kept.get("receipt", {})
+    return {
+        "date": last["date"][:10],
+        "device": last["devices"][0].partition(",")[0] if last["devices"] else "no device",
+        "sources": last["sha256"],
+        "commit": known.get("commit") if known.get("sources") == last["sha256"] else None,
+        "failed": last["failed"],
+        "figures": last.get("figures", {}),
+    }
+
+
+def _of_accuracy(last: Figures | None) -> dict[str, Any]:
+    """The accuracy is of the kernels, whose digest stands for that of all sources."""
+    document = json.loads(ACCURACY.read_text())
+    environment = document["environment"]
+    kernels = environment["kernels_sha256"]
+    is_current = last is not None and last.get("kernels_sha256") == kernels
+    commit = environment["commit"] and environment["commit"][:10]
+    return {
+        "date": environment["date"][:10],
+        "device": environment["device"] or "CPU",
+        "sources": last["sha256"] if is_current else kernels,
+        "commit": f"{commit} and changes" if environment["changed_since_commit"] else commit,
+        "rows": document["rows"],
+    }
+
+
+def scores() -> Iterator[Score | Row]:
+    """A score for each row that was measured; the row itself where it was not."""
+    kept, last = records(), receipt.read()
+    runs = {kind: [kept[kind]] for kind in kept if kind != "host"}
+    runs["tests"] = [*([_of_receipt(last, kept)] if last else ()), *kept.get("host", ())]
+    runs["accuracy"] = [_of_accuracy(last)] if ACCURACY.exists() else []
+    for row in ROWS:
+        found = ((words, run) for run in runs.get(row.kind, ()) if (words := _words(row, run)))
+        if (first := next(found, None)) is None:
+            yield row
+            continue
+        words, run = first
+        commit = run["commit"] or f"sources {run['sources'][:10]}"
+        if last is None or run["sources"] != last["sha256"]:
+            commit = f"measured at {commit}"
+        yield Score(row.what, row.target, words, run["date"], commit, run["device"])
+
+
+def table() -> list[str]:
+    """Lines of Markdown."""
+    found = list(scores())
+    lines = ["| What | Target | Found | Date | Commit | Device |", "|---|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(score)} |" for score in found if isinstance(score, Score)]
+    missing = [f"- {row.what}" for row in found if isinstance(row, Row)]
+    return [*lines, "", "Not measured yet:", "", *missing] if missing else lines
