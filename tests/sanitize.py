@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,9 @@ GRID = (
 )
 
 
+SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards? displayed)")
+
+
 def main() -> int:
     tool = sys.argv[1] if len(sys.argv) > 1 else "memcheck"
     sanitizer = shutil.which("compute-sanitizer")
@@ -34,11 +38,25 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *GRID]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    status = subprocess.run(command, cwd=ROOT, env=os.environ | without_pools).returncode
-    found = {tool: "findings" if status else "0"}
-    log = {"sanitizer": found, "device": device.name(), "sources": receipt.digest()}
+    found = None
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | without_pools,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if summary := SUMMARY.search(line):
+                found = int(summary[1])
+    if found is None:
+        print(f"{tool} gave no summary")
+        return process.returncode or 1
+    log = {"sanitizer": {tool: found}, "device": device.name(), "sources": receipt.digest()}
     print(json.dumps(log))
-    return status
+    return process.returncode
 
 
 if __name__ == "__main__":

@@ -116,11 +116,11 @@ def test_seeds_of_the_same_sources_add_up(desk):
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"device": "another"}])
 def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
     one, two = ({fault.fault: "killed"} for fault in MUTANTS[:2])
-    desk.record(run_of(FUZZ), run_of({"mutants": one}), run_of({"sanitizer": {"memcheck": "0"}}))
+    desk.record(run_of(FUZZ), run_of({"mutants": one}), run_of({"sanitizer": {"memcheck": 0}}))
     desk.record(
         run_of(FUZZ, seed=1, **changes),
         run_of({"mutants": two}, **changes),
-        run_of({"sanitizer": {"racecheck": "0"}}, **changes),
+        run_of({"sanitizer": {"racecheck": 0}}, **changes),
     )
     assert desk.score("operator, on a GPU").found == "100 from seeds 1; 0 failures"
     assert desk.score("on purpose").found.startswith(f"1 of {len(MUTANTS)}, ")

@@ -178,7 +178,7 @@ def check_scenes(op, case, arrays, by=None):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_ten_thousand_replays(dtype, rng):
+def test_ten_thousand_replays(dtype, rng, tally):
     """Rows come, grow and go, and scratch holds anything: the bits are those of eager calls."""
     replays, num_scenes, arrays = 10_000, 32, ALL[0]
     problem = build(Case(dtype, seq_lens=(2100, *LENGTHS)))
@@ -215,6 +215,7 @@ def test_ten_thousand_replays(dtype, rng):
             captured.replay()
             wrong[replay] = (bits != eager[scene]).any()
         assert not wrong.any(), f"replay {int(wrong.argmax())}, and {int(wrong.sum()) - 1} others"
+    tally("graph replays", replays)
 
 
 @EVERY_WAY

@@ -69,7 +69,7 @@ def check(problem, key_cache, value_cache, block_tables, **views):
     ("layout", "boundary"),
     [("vllm", 2**31), ("HND", 2**31), ("NHD", 2**31), ("HND", 2**32)],
 )
-def test_a_pool_of_more_elements(layout, boundary, rng):
+def test_a_pool_of_more_elements(layout, boundary, rng, tally):
     case = Case("float16", "fp8", layout, 2, 4, 128, 16, seq_lens=(100, 700, 0, 33))
     problem = build(case)
     block = 2 * 128 * 16
@@ -77,6 +77,8 @@ def test_a_pool_of_more_elements(layout, boundary, rng):
     count = len(problem.key_cache)
     ids = straddling(count, boundary // block, num_blocks, rng)
     check(problem, *enlarge(problem, num_blocks, ids, 0x7F))
+    tally.most("elements of a pool", num_blocks * block)
+    tally.most("element offset", (num_blocks - 1) * block)
 
 
 @pytest.mark.parametrize("layout", ["vllm", "HND", "NHD"])
