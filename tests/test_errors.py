@@ -626,7 +626,7 @@ def test_a_traced_jax_array_is_refused(operator, name):
 def test_a_mask_is_not_ignored(operator, name):
     given = GOOD[operator]()
     given[name] = np.ma.masked_array(given[name])
-    with pytest.raises(TypeError, match=f"^{name}: got MaskedArray, needs an array"):
+    with pytest.raises(TypeError, match=rf"^{name}: got MaskedArray, .* pass x\.filled\("):
         getattr(cupy_paged, operator)(**given)
 
 
