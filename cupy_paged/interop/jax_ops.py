@@ -38,8 +38,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    raise ImportError(
+        f'cupy_paged.interop.jax_ops needs JAX ({error}): pip install "cupy-paged[interop]"'
+    ) from error
 
 import cupy_paged
 from cupy_paged.arrays import array

@@ -40,10 +40,17 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function
+
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function
+except ImportError as error:
+    raise ImportError(
+        "cupy_paged.interop.transformers needs torch, and transformers 5 or newer "
+        f'({error}): pip install "cupy-paged[transformers]"'
+    ) from error
 
 from cupy_paged import checks
 from cupy_paged.batches import Batch
