@@ -78,6 +78,10 @@ def array(x: Any, name: str, stream: int | None = None) -> Array:
     """
     reader = _reader(type(x))
     if reader is None:
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name}: got MaskedArray, needs an array without a mask: pass x.filled(value)"
+            )
         raise TypeError(
             f"{name}: got {type(x).__name__}, needs an array "
             "(NumPy, CuPy, torch, JAX, or anything with __dlpack__ or __cuda_array_interface__)"

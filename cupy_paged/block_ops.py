@@ -23,8 +23,6 @@ NUM_THREADS = 256
 MAX_POOLS, MAX_PAIRS = 160, 80  # of one launch, as in kernels/copy_blocks.cu
 _MAX_GRID = 2**31 - 1
 
-_DONATE = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
-
 _POOL_FIELDS = [f"pools[{i}].{field}" for i in range(MAX_POOLS) for field in ("blocks", "stride")]
 _PAIR_FIELDS = [
     f"pairs[{i}].{field}" for i in range(MAX_PAIRS) for field in ("source", "destination")
@@ -96,7 +94,7 @@ def copy_blocks(
     checks.same_place(caches, first)
     for a in caches:
         checks.runs_forward(a)
-        checks.is_writable(a, _DONATE)
+        checks.is_writable(a, checks.CACHE_BESIDE_JAX)
     sizes = [_block_bytes(a) for a in caches]
     block_bytes = sizes[0]
     for a, size in zip(caches, sizes, strict=True):
@@ -230,7 +228,7 @@ def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: An
     leads = [x for x in (source, destination) if is_array(x) and location(x)[1] is not HOST]
     on = launch_stream(leads[0] if leads else source, stream)
     start, end = array(source, "source", on), array(destination, "destination", on)
-    checks.is_writable(end, _DONATE)
+    checks.is_writable(end, checks.CACHE_BESIDE_JAX)
     for a in (start, end):
         checks.runs_forward(a)
     if end.shape[1:] != start.shape[1:]:

@@ -28,8 +28,6 @@ from cupy_paged.streams import launch_stream
 
 NUM_THREADS = 128
 
-_DONATE = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
-
 WRITE_PARAMS = ParamStruct(
     "WriteParams",
     """
@@ -191,7 +189,7 @@ def _reshape_and_cache(
             f"value_cache: dtype {caches[1].dtype} does not match key_cache's {caches[0].dtype}"
         )
     for a in caches:
-        checks.is_writable(a, _DONATE)
+        checks.is_writable(a, checks.CACHE_BESIDE_JAX)
     cache = geometry(layout, *caches, cache_dtype)
     if key.shape[1:] != (cache.num_kv_heads, cache.head_size):
         raise ValueError(
@@ -313,7 +311,7 @@ def convert_fp8(
     source, target = array(input, "input", on), array(output, "output", on)
     scale = checks.scale(scale, "scale", on)
     checks.same_place([a for a in (target, scale) if isinstance(a, Array)], source)
-    checks.is_writable(target, _DONATE)
+    checks.is_writable(target, checks.CACHE_BESIDE_JAX)
     checks.is_shape(target, source.shape, "the shape of input")
     for a in (source, target):
         checks.runs_forward(a)

@@ -14,6 +14,9 @@ from cupy_paged.arrays import HOST, Array, array, is_array
 from cupy_paged.dtypes import itemsize
 from cupy_paged.overlap import sharing
 
+CACHE_BESIDE_JAX = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
+"""What to do instead of writing into a cache of JAX's, for `is_writable`."""
+
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LEAST_SCALE = np.finfo(np.float32).tiny  # kernels take what is below for 0, and divide by it
 

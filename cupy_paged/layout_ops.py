@@ -19,7 +19,7 @@ TILE_TOKENS = 16  # as in kernels/gather_cache.cu
 _BYTES_OF_BLOCK = 16 * 1024  # that a thread block moves, about
 _WORD = 4  # bytes that a turned tile gives to a row at a time
 
-_DONATE = "give it memory of CuPy, torch or NumPy, and share that with JAX by DLPack"
+_MEMORY_BESIDE_JAX = "give it memory of CuPy, torch or NumPy, and share that with JAX by DLPack"
 
 _CODES = ("uint8", *sorted(set(FP8.values())))
 _BITS = {1: cpp("uint8"), 2: cpp("uint16"), 4: cpp("uint32")}
@@ -172,7 +172,7 @@ def gather_cache(
     checks.is_shape(rows[1], rows[0].shape, "the shape of key")
     for a in rows:
         checks.is_dtype(a, *FLOATS, *_CODES)
-        checks.is_writable(a, _DONATE)
+        checks.is_writable(a, _MEMORY_BESIDE_JAX)
         checks.is_packed(a, 2)
     if rows[1].dtype != rows[0].dtype:
         raise TypeError(f"value: dtype {rows[1].dtype} does not match key's {rows[0].dtype}")
@@ -333,7 +333,7 @@ def convert_layout(
         if a.dtype != old[0].dtype:
             raise TypeError(f"{a.name}: dtype {a.dtype} does not match key_cache's {old[0].dtype}")
     for a in new:
-        checks.is_writable(a, _DONATE)
+        checks.is_writable(a, _MEMORY_BESIDE_JAX)
     if new_layout not in LAYOUTS:
         needed = ", ".join(LAYOUTS)
         raise ValueError(f"new_layout: unknown {new_layout!r}, needs one of {needed}")

@@ -385,12 +385,18 @@ def gather_cache(
     seq, row = seq[row < len(key)], row[row < len(key)]
     position = row - ends[seq] + (0 if seq_starts is None else seq_starts[seq].astype(np.int64))
     page, offset = np.divmod(position, block_size)
-    width = block_tables.shape[1]
-    if (lost := (page < 0) | (page >= width)).any():
+    capacity = block_tables.shape[1] * block_size
+    if (lost := (position < 0) | (position >= capacity)).any():
         first = np.argmax(lost)
+        length = np.count_nonzero(seq == seq[first])
+        if position[first] >= 0 and length > capacity:  # too many, wherever they start
+            raise IndexError(
+                f"cu_seq_lens: {length} tokens of sequence {seq[first]}, needs at most the "
+                f"{capacity} that block_tables has columns for"
+            )
         raise IndexError(
             f"seq_starts: token {position[first]} of sequence {seq[first]}, needs a token that "
-            f"block_tables has a column for: 0 <= token < {width * block_size}"
+            f"block_tables has a column for: 0 <= token < {capacity}"
         )
     block = block_tables[seq, page]
     if (lost := (block < 0) | (block >= num_blocks)).any():

@@ -14,7 +14,7 @@ import pytest
 import cupy_paged
 from docs import pages
 from support import fake_vllm
-from support.examples import imported, is_module, run
+from support.examples import check_says_what_it_needs, imported, is_module, run
 from support.receipt import ROOT
 
 TEXTS = {name: pages.text_of(name) for name in pages.PAGES}
@@ -43,6 +43,11 @@ def test_example_runs(name, monkeypatch):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_asserts_its_result(name):
     assert re.search(r"^ *assert ", EXAMPLES[name], re.M)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_says_what_it_needs(name):
+    check_says_what_it_needs(EXAMPLES[name])
 
 
 def test_every_guide_has_examples():

@@ -48,6 +48,17 @@ def sharing(dtype, **shapes):
     }
 
 
+def gathered(length, start):
+    """The first of two sequences of a block each is asked for `length` tokens."""
+    starts = None if start is None else np.array([start, 0], np.int32)
+    return to(
+        **{name: halves(20, 2, 64, fill=7) for name in ("key", "value")},
+        block_tables=np.array([[2], [1]], np.int32),
+        cu_seq_lens=np.array([0, length, length + 3], np.int32),
+        seq_starts=starts,
+    )
+
+
 def wide_heads(head_size, **changes):
     """Query, out and caches of another head_size."""
     return to(
@@ -394,6 +405,10 @@ GATHER = [
     ("seq_starts is a list", to(seq_starts=[0, 0]), TypeError, "^seq_starts: .*list.*array"),
     ("seq_starts is negative", to(seq_starts=np.array([-1, 0], np.int32)), IndexError, "^seq_starts: token -1 of sequence 0, needs"),
     ("a token past block_tables", to(seq_starts=np.array([29, 0], np.int32)), IndexError, "^seq_starts: token 32 of sequence 0, needs"),
+    ("more tokens than block_tables has columns for", gathered(17, None), IndexError, r"^cu_seq_lens: 17 tokens of sequence 0, needs at most the 16 that"),
+    ("more tokens than that, from any start", gathered(17, 3), IndexError, r"^cu_seq_lens: 17 tokens of sequence 0, needs at most the 16 that"),
+    ("tokens that no start but 0 has room for", gathered(16, 1), IndexError, r"^seq_starts: token 16 of sequence 0, needs .* < 16$"),
+    ("too many tokens from a negative start", gathered(17, -1), IndexError, "^seq_starts: token -1 of sequence 0, needs"),
     ("a block that is not there", to(seq_starts=np.array([0, 14], np.int32)), IndexError, r"^block_tables\[1, 1\]: block -1"),
     ("key is value", lambda g: {"key": g["value"]}, ValueError, "^(key|value): shares memory with (key|value)"),
     ("key overlaps value", lambda _: sharing(np.float16, key=(7, 2, 64), value=(7, 2, 64)), ValueError, "^value: shares memory with key"),
@@ -614,7 +629,7 @@ def test_a_traced_jax_array_is_refused(operator, name, tally):
 def test_a_mask_is_not_ignored(operator, name, tally):
     given = GOOD[operator]()
     given[name] = np.ma.masked_array(given[name])
-    with pytest.raises(TypeError, match=f"^{name}: got MaskedArray, needs an array"):
+    with pytest.raises(TypeError, match=rf"^{name}: got MaskedArray, .* pass x\.filled\("):
         getattr(cupy_paged, operator)(**given)
     tally("wrong calls", 1)
 

@@ -8,20 +8,11 @@ import sys
 import pytest
 
 from cupy_paged import __main__, __version__, info
+from support.installation import EXTRAS, without
 from support.receipt import ROOT
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-BLOCKED = """
-import runpy, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocker())
+INFO = """
+import runpy
 sys.argv = ["cupy_paged", "info"]
 runpy.run_module("cupy_paged", run_name="__main__")
 """
@@ -76,7 +67,7 @@ def run_info(**variables: str) -> str:
     """The report of a new process in which neither CuPy nor a framework can be imported."""
     names = {"cupy", "cupy_backends", "cuda", "torch", "jax", "ml_dtypes"}
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(names=names)],
+        [sys.executable, "-c", without(*names) + INFO],
         cwd=ROOT,
         env={**os.environ, **variables},
         capture_output=True,
@@ -114,11 +105,9 @@ def test_unusable_home_names_the_variable():
 
 
 def test_commands_install_what_the_extras_install():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
     assert [list(info.REQUIREMENTS[major]) for major in (12, 13)] == [
-        extras["cuda12"],
-        extras["cuda13"],
+        EXTRAS["cuda12"],
+        EXTRAS["cuda13"],
     ]
     oldest = ".".join(map(str, info.OLDEST_CUPY))
     assert {f"{wheel}>={oldest}" for wheel, major in info.CUPY_WHEELS.items() if major} == {

@@ -15,11 +15,15 @@ from cupy_paged import arrays as package_arrays
 from cupy_paged import attention_kernels, compiler, counters, gpu, in_flight
 from support import frameworks
 from support.fake_cupy import FakeCuPy
-from support.jax_ops_suite import CALLS, EVERY_CALL, JaxOpsSuite, attention, copy, jax_ops
+from support.jax_ops_suite import CALLS, EVERY_CALL, JaxOpsSuite, attention, copy
 from support.receipt import ROOT
 
 NUMPY, *OTHERS = frameworks.host()
 JAX = [arrays for arrays in OTHERS if arrays.name == "jax"]
+
+
+def jax_calls():
+    return importlib.import_module("cupy_paged.interop.jax_calls")
 
 
 @pytest.fixture(params=JAX, ids=lambda arrays: arrays.name)
@@ -56,7 +60,7 @@ def test_a_result_parted_from_its_argument_holds_what_that_held(arrays):
         cache[0] += x[0]
 
     trees = map(structure, ({"cache": 0}, {"x": 0}, {}))
-    run = jax_ops()._callback(add_to_first, *trees, ())
+    run = jax_calls()._callback(add_to_first, *trees, ())
     cache, result = np.arange(4.0), np.full(4, np.nan)
     run(None, [result], cache, np.array([5.0]))
     assert result.tolist() == [5, 1, 2, 3]
@@ -67,7 +71,8 @@ def test_a_result_parted_from_its_argument_holds_what_that_held(arrays):
 
 def test_older_versions_are_named(arrays, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax.experimental.buffer_callback", None)
-    monkeypatch.delitem(sys.modules, "cupy_paged.interop.jax_ops", raising=False)
+    for name in ("jax_ops", "jax_calls"):
+        monkeypatch.delitem(sys.modules, f"cupy_paged.interop.{name}", raising=False)
     with pytest.raises(ImportError, match=rf"^JAX {arrays.jax.__version__} .* 0\.6\.1 or newer"):
         importlib.import_module("cupy_paged.interop.jax_ops")
 
@@ -128,7 +133,7 @@ def machine(arrays, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(jax_ops(), "buffer_callback", buffer_callback)
+    monkeypatch.setattr(jax_calls(), "buffer_callback", buffer_callback)
     gpu.device_limits.cache_clear()
     yield fake
     gpu.device_limits.cache_clear()

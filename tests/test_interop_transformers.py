@@ -135,6 +135,13 @@ def test_models_with_more_to_their_attention(pair):
         paged_cache(pair.ours.config, 0)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float64", "auto", "torch.float16"])
+def test_a_dtype_of_no_cache_is_refused_before_a_model_runs(pair, dtype):
+    wrong = pair.torch.float16 if dtype == "torch.float16" else dtype
+    with pytest.raises(ValueError, match=rf"^dtype: got {wrong!r}, needs one of float16, .*, fp8"):
+        pair.cache(dtype=wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

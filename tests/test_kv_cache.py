@@ -4,7 +4,6 @@ import ctypes
 import gc
 import weakref
 import xml.etree.ElementTree
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 import cupy_paged
 from cupy_paged import PagedKVCache, cache_picture, gpu, in_flight, kv_cache, staging
 from support import compare, frameworks
-from support.fake_cupy import FakeCuPy
+from support.fake_cupy import FakeCuPy, host_empty
 from support.kv_cache_suite import KVCacheSuite, Story
 
 
@@ -437,8 +436,3 @@ def test_batches_on_a_device_are_three_small_copies(fake, monkeypatch):
     assert batch.slot_mapping.shape == (14,)
     for row, sequence in zip(batch.block_tables, sequences, strict=False):
         assert row[: len(sequence.blocks)].tolist() == list(sequence.blocks)
-
-
-def host_empty(leader, name, shape, dtype, stream):
-    made = np.zeros(shape, dtype)
-    return SimpleNamespace(owner=made, pointer=made.ctypes.data, bits=made)

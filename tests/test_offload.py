@@ -2,7 +2,6 @@
 
 import random
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from cupy_paged import NeverFits, OutOfBlocks, PagedKVCache, gpu, in_flight, kv_
 from cupy_paged.cache_memory import CacheMemory
 from cupy_paged.host_copies import HostCopies
 from support import compare, frameworks
+from support.fake_cupy import host_empty
 from support.kv_cache_suite import NUM_LAYERS, Story
 from support.late_cupy import LateCuPy
 
@@ -51,11 +51,6 @@ def late(seed, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr("cupy_paged.batches.empty", host_empty)
     return late
-
-
-def host_empty(leader, name, shape, dtype, stream):
-    made = np.zeros(shape, dtype)
-    return SimpleNamespace(owner=made, pointer=made.ctypes.data, bits=made)
 
 
 class LateStory(Story):

@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.installation import EXTRAS, without
 from support.receipt import ROOT
-
-BLOCK_CUPY = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"cupy", "cupy_backends", "cupyx"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
-"""
 
 ATTEND = """
 import numpy as np, cupy_paged
@@ -53,7 +45,33 @@ def test_import_loads_no_framework():
 
 
 def test_host_arrays_need_no_cupy():
-    python(BLOCK_CUPY + ATTEND)
+    python(without("cupy", "cupy_backends", "cupyx") + ATTEND)
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("torch_ops", "torch", "interop"),
+        ("jax_ops", "jax", "interop"),
+        ("transformers", "torch", "transformers"),
+        ("transformers", "transformers", "transformers"),
+    ],
+)
+def test_a_missing_framework_is_named_with_the_extra_that_brings_it(module, missing, extra):
+    if module == missing:
+        pytest.importorskip("torch", reason="of two that are missing, torch is named")
+    said = python(
+        f"""{without(missing)}
+try:
+    import cupy_paged.interop.{module}
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert said.startswith(f"cupy_paged.interop.{module} needs ")
+    assert f"(No module named '{missing}')" in said
+    assert said.endswith(f': pip install "cupy-paged[{extra}]"\n')
+    assert any(requirement.startswith(f"{missing}>=") for requirement in EXTRAS[extra])
 
 
 def test_host_arrays_need_no_home():

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from docs import pages
-from support.examples import run
+from support.examples import check_says_what_it_needs, run
 from support.receipt import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -22,6 +22,11 @@ def test_example_runs(name, monkeypatch):
     defined = run(name, EXAMPLES[name], monkeypatch)
     if "interop.vllm" not in EXAMPLES[name]:  # which installs ops, and calls none
         assert defined["out"].shape == (2, 32, 128)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_says_what_it_needs(name):
+    check_says_what_it_needs(EXAMPLES[name])
 
 
 def test_ci_calls_the_commands_of_the_readme():

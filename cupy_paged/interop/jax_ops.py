@@ -36,32 +36,23 @@ Needs JAX 0.6.1 or newer, for jax.experimental.buffer_callback.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    raise ImportError(
+        f'cupy_paged.interop.jax_ops needs JAX ({error}): pip install "cupy-paged[interop]"'
+    ) from error
 
 import cupy_paged
-from cupy_paged import gpu
-from cupy_paged.arrays import HOST, Array, array, is_array, location, meta
+from cupy_paged.arrays import array
 from cupy_paged.attention import attend
 from cupy_paged.attention_checks import SparseArguments, check_call, check_out
 from cupy_paged.attention_gpu import workspace_bytes
 from cupy_paged.block_ops import check_layers
-from cupy_paged.compiler import loading_beside_captures
-from cupy_paged.dtypes import itemsize
-
-try:
-    from jax.experimental.buffer_callback import buffer_callback
-except ImportError as error:
-    raise ImportError(
-        f"JAX {jax.__version__} has no jax.experimental.buffer_callback, 0.6.1 or newer does: "
-        'pip install --upgrade "jax[cuda12]" (or [cuda13]; without either on a CPU)'
-    ) from error
+from cupy_paged.interop.jax_calls import TracedCall
 
 __all__ = [
     "concat_and_cache_mla",
@@ -72,9 +63,6 @@ __all__ = [
     "reshape_and_cache",
     "reshape_and_cache_flash",
 ]
-
-
-# ---- ops ----
 
 
 def paged_attention(
@@ -110,7 +98,7 @@ def paged_attention(
         blocksparse_block_size,
         blocksparse_head_sliding_step,
     )
-    op = _Op(
+    traced = TracedCall(
         "paged_attention",
         _attend,
         {
@@ -129,14 +117,14 @@ def paged_attention(
             "sparse": sparse,
         },
     )
-    call = op.check(check_call)
+    call = traced.check(check_call)
     made = {
         "out": jax.ShapeDtypeStruct(call.query.shape, call.query.dtype),
         "workspace": jax.ShapeDtypeStruct((workspace_bytes(call),), "uint8"),
     }
     if return_lse:
         made["lse"] = jax.ShapeDtypeStruct(call.state_shape, "float32")
-    found = op.run(made)
+    found = traced.run(made)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
@@ -161,7 +149,7 @@ def merge_attn_states(
     is given, and output_lse like prefix_lse.
     Raises as the function does, and TypeError for arrays of others than JAX and NumPy.
     """
-    op = _Op(
+    traced = TracedCall(
         "merge_attn_states",
         cupy_paged.merge_attn_states,
         {
@@ -173,14 +161,14 @@ def merge_attn_states(
         {"output_scale": output_scale},
         {"prefill_tokens_with_context": prefill_tokens_with_context},
     )
-    output, lse = op.read["prefix_output"], op.read["prefix_lse"]
+    output, lse = traced.read["prefix_output"], traced.read["prefix_lse"]
     dtype = output.dtype if output_scale is None else jnp.float8_e4m3fn
     made = {
         "output": jax.ShapeDtypeStruct(output.shape, dtype),
         "output_lse": jax.ShapeDtypeStruct(lse.shape, lse.dtype),
     }
-    op.check(op.function, made)
-    found = op.run(made)
+    traced.check(traced.function, made)
+    found = traced.run(made)
     return found["output"], found["output_lse"]
 
 
@@ -239,7 +227,7 @@ def _write(
     v_scale: Any,
     options: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-    op = _Op(
+    traced = TracedCall(
         name,
         getattr(cupy_paged, name),
         {
@@ -253,8 +241,8 @@ def _write(
         options,
         written=("key_cache", "value_cache"),
     )
-    op.check(op.function)
-    found = op.run()
+    traced.check(traced.function)
+    found = traced.run()
     return found["key_cache"], found["value_cache"]
 
 
@@ -266,7 +254,7 @@ def concat_and_cache_mla(
     Returns kv_cache with the tokens in their slots.
     Raises as the function does, and TypeError for arrays of others than JAX and NumPy.
     """
-    op = _Op(
+    traced = TracedCall(
         "concat_and_cache_mla",
         cupy_paged.concat_and_cache_mla,
         {"kv_c": kv_c, "k_pe": k_pe, "kv_cache": kv_cache, "slot_mapping": slot_mapping},
@@ -274,8 +262,8 @@ def concat_and_cache_mla(
         {"kv_cache_dtype": kv_cache_dtype},
         written=("kv_cache",),
     )
-    op.check(op.function)
-    return op.run()["kv_cache"]
+    traced.check(traced.function)
+    return traced.run()["kv_cache"]
 
 
 def copy_blocks(
@@ -291,7 +279,7 @@ def copy_blocks(
     Raises as the function does, and TypeError for arrays of others than JAX and NumPy.
     """
     check_layers(key_caches, value_caches)
-    op = _Op(
+    traced = TracedCall(
         "copy_blocks",
         cupy_paged.copy_blocks,
         {"key_caches": key_caches, "value_caches": value_caches, "block_mapping": block_mapping},
@@ -299,8 +287,8 @@ def copy_blocks(
         {"layout": layout},
         written=("key_caches", "value_caches"),
     )
-    op.check(op.function)
-    found = op.run()
+    traced.check(traced.function)
+    found = traced.run()
     return found["key_caches"], found["value_caches"]
 
 
@@ -323,7 +311,7 @@ def gather_cache(
     Returns (key, value) with the rows that were gathered; the others are as they were.
     Raises as the function does, and TypeError for arrays of others than JAX and NumPy.
     """
-    op = _Op(
+    traced = TracedCall(
         "gather_cache",
         cupy_paged.gather_cache,
         {
@@ -338,187 +326,6 @@ def gather_cache(
         {"kv_cache_dtype": kv_cache_dtype, "layout": layout},
         written=("key", "value"),
     )
-    op.check(op.function)
-    found = op.run()
+    traced.check(traced.function)
+    found = traced.run()
     return found["key"], found["value"]
-
-
-# ---- from arguments to a callback, and back ----
-
-
-_INT64 = ("slot_mapping", "block_mapping")
-"""Arguments that are int64, which JAX has only where it was enabled."""
-
-
-class _Op:
-    """A call of an op, of which JAX traces what is made out of arrays.
-
-    name        of the op, for errors
-    function    what runs, with all arguments by name, on arrays that it may write
-    arrays      arguments that are arrays, or lists of them
-    either      arguments that may be arrays, or else are a part of the compiled code
-    options     the others
-    written     those of `arrays` that `function` writes
-    """
-
-    def __init__(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        arrays: dict[str, Any],
-        either: dict[str, Any],
-        options: dict[str, Any],
-        written: tuple[str, ...] = (),
-    ) -> None:
-        self.name, self.function = name, function
-        self.options = {**options, **{n: x for n, x in either.items() if not is_array(x)}}
-        found = {**arrays, **{n: x for n, x in either.items() if is_array(x)}}
-        found = {n: _operands(x, n) for n, x in found.items()}
-        self.written = {n: x for n, x in found.items() if n in written}
-        self.read = {n: x for n, x in found.items() if n not in written}
-
-    def check(
-        self, function: Callable[..., Any], made: dict[str, jax.ShapeDtypeStruct] | None = None
-    ) -> Any:
-        """What `function` returns for arrays of these shapes and dtypes, without memory."""
-        given = {**self.written, **self.read, **(made or {})}
-        leaves, tree = jax.tree.flatten(given)
-        metas, pointer = [], 0
-        for x in leaves:
-            metas.append(meta(x.dtype.name, tuple(x.shape), pointer))
-            # A multiple of what any address is a multiple of, and past all of the array.
-            pointer += -(-math.prod(x.shape) * x.dtype.itemsize // 256) * 256 + 256
-        described = jax.tree.unflatten(tree, metas)
-        for name in _INT64:
-            if name in described and described[name].dtype == "int32":
-                described[name] = described[name]._replace(dtype="int64")
-        return function(**described, **self.options, stream=0)
-
-    def run(self, made: dict[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Any]:
-        """Runs the function, for which XLA makes arrays like `made`, too.
-
-        Returns, by name, what it writes: these, and its arguments as they are afterwards.
-        """
-        read = {n: _halves(x) if n in _INT64 else x for n, x in self.read.items()}
-        written_leaves, written_tree = jax.tree.flatten(self.written)
-        read_leaves, read_tree = jax.tree.flatten(read)
-        made_leaves, made_tree = jax.tree.flatten(made or {})
-        like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written_leaves]
-        operands = (*written_leaves, *read_leaves)
-        results = [*like, *made_leaves]
-        bound = buffer_callback(
-            _callback(
-                self.function, written_tree, read_tree, made_tree, tuple(self.options.items())
-            ),
-            results,
-            vmap_method="sequential",
-            input_output_aliases={i: i for i in range(len(like))},
-            # A capture that nothing was queued in is an error of XLA's.
-            command_buffer_compatible=all(math.prod(x.shape) for x in (*operands, *results)),
-        )
-        found = _without_gradient(self.name, bound)(*operands)
-        split = len(like)
-        return {
-            **jax.tree.unflatten(written_tree, found[:split]),
-            **jax.tree.unflatten(made_tree, found[split:]),
-        }
-
-
-def _operands(x: Any, name: str) -> Any:
-    if isinstance(x, list | tuple):
-        return [_operands(one, f"{name}[{i}]") for i, one in enumerate(x)]
-    if not isinstance(x, jax.Array | np.ndarray):
-        raise TypeError(f"{name}: got {type(x).__name__}, needs an array of JAX or NumPy")
-    return jnp.asarray(x)
-
-
-def _halves(x: jax.Array) -> jax.Array:
-    """int32 as the lower and the higher half of each int64."""
-    return jnp.stack([x, x >> 31], axis=-1) if x.dtype == jnp.int32 else x
-
-
-def _without_gradient(
-    name: str, run: Callable[..., list[jax.Array]]
-) -> Callable[..., list[jax.Array]]:
-    differentiable = jax.custom_jvp(run)
-
-    @differentiable.defjvp
-    def refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: has no gradient; where none is needed, pass it jax.lax.stop_gradient(x)"
-        )
-
-    return differentiable
-
-
-@functools.lru_cache(maxsize=1024)  # JAX finds what it compiled by the identity of the callback
-def _callback(
-    function: Callable[..., Any],
-    written: Any,
-    read: Any,
-    made: Any,
-    options: tuple[tuple[str, Any], ...],
-) -> Callable[..., None]:
-    """What XLA calls with its buffers: `function` with them as its arguments.
-
-    written, read, made    the structure of each kind of arguments
-    """
-
-    def run(context: Any, results: list[Any], *operands: Any) -> None:
-        on_host = location(operands[0])[1] is HOST
-        stream = None if on_host else context.stream
-        lent = [_on_host(x) if on_host else _on_device(x, stream) for x in (*results, *operands)]
-        split, start = written.num_leaves, len(results)
-        for target, source in zip(lent[:split], lent[start : start + split], strict=True):
-            _take_over(target, source, stream)
-        given = {
-            **jax.tree.unflatten(written, lent[:split]),
-            **jax.tree.unflatten(made, lent[split:start]),
-            **jax.tree.unflatten(read, lent[start + split :]),
-        }
-        for name in _INT64:
-            if name in given:
-                given[name] = _joined(given[name])
-        with loading_beside_captures():  # XLA's are of the thread-local mode
-            function(**given, **dict(options), stream=stream)
-
-    return run
-
-
-def _on_host(buffer: Any) -> np.ndarray:
-    return np.asarray(buffer)
-
-
-def _on_device(buffer: Any, stream: int) -> Array:
-    """A buffer that XLA lends for the work that is queued on its stream now.
-
-    So nobody has to be waited for, nor to be kept.
-    """
-    return array(buffer, "buffer", stream)._replace(owner=None, framework="xla")
-
-
-def _take_over(target: np.ndarray | Array, source: np.ndarray | Array, stream: int | None) -> None:
-    """Gives a result what its argument holds, where they are not the one buffer that was asked for.
-
-    XLA parts them where it lets a call read and write slices of larger arrays in place, as in the
-    loop that jax.vmap makes.
-    """
-    if isinstance(target, np.ndarray):
-        if target.ctypes.data != source.ctypes.data:
-            target[...] = source
-    elif target.pointer != source.pointer:
-        size = math.prod(target.shape) * itemsize(target.dtype)
-        whole = target.pointer, size, source.pointer, size, size, 1
-        gpu.copy_rows(target.device, stream, *whole)
-
-
-def _joined(halves: np.ndarray | Array) -> np.ndarray | Array:
-    """The int64 that `_halves` took apart, where they lie."""
-    if halves.dtype != "int32":
-        return halves
-    if isinstance(halves, np.ndarray):
-        return halves.view(np.int64)[..., 0]
-    shape = halves.shape[:-1]
-    return halves._replace(
-        dtype="int64", shape=shape, strides=tuple(stride // 2 for stride in halves.strides[:-1])
-    )

@@ -46,7 +46,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        f'cupy_paged.interop.torch_ops needs torch ({error}): pip install "cupy-paged[interop]"'
+    ) from error
 
 import cupy_paged
 

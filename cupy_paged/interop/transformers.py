@@ -40,13 +40,21 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function
+
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import causal_mask_function
+except ImportError as error:
+    raise ImportError(
+        "cupy_paged.interop.transformers needs torch, and transformers 5 or newer "
+        f'({error}): pip install "cupy-paged[transformers]"'
+    ) from error
 
 from cupy_paged import checks
 from cupy_paged.batches import Batch
+from cupy_paged.cache_memory import storage_dtype
 from cupy_paged.kv_cache import PagedKVCache
 from cupy_paged.sequences import Sequence
 
@@ -88,7 +96,8 @@ class PagedCache(Cache):
     block_size, layout, k_scale, v_scale, poison
                   as in `PagedKVCache`. k_scale and v_scale are for an fp8 cache
 
-    Raises ValueError for a model whose attention is not full and causal in each layer.
+    Raises ValueError for a model whose attention is not full and causal in each layer, and for a
+    dtype that no cache can hold.
     """
 
     def __init__(
@@ -108,6 +117,8 @@ class PagedCache(Cache):
         _check_config(config)
         self._num_layers = config.num_hidden_layers
         self._num_blocks = checks.is_int(num_blocks, "num_blocks", 1)
+        if dtype is not None:
+            storage_dtype(dtype)
         self._options = {
             "block_size": block_size, "layout": layout, "dtype": dtype, "k_scale": k_scale,
             "v_scale": v_scale, "poison": poison,

@@ -11,14 +11,7 @@ import pytest
 from cupy_paged import PagedKVCache
 from support import compare, frameworks
 from support.kv_cache_suite import NUM_LAYERS, KVCacheSuite, Story
-
-# About 50 ms: far more than the host needs to queue what a test queues.
-DELAY = np.int64(80_000_000)
-spin = cupy.RawKernel(
-    'extern "C" __global__ void spin(long long cycles) {'
-    " long long start = clock64(); while (clock64() - start < cycles); }",
-    "spin",
-)
+from support.workers import delay, is_busy
 
 
 @pytest.fixture(params=frameworks.writable(frameworks.device()), ids=lambda arrays: arrays.name)
@@ -96,15 +89,6 @@ def test_a_cache_by_the_name_of_its_framework(device):
 
 
 # ---- moves to the host and back, beside the steps ----
-
-
-def delay(address):
-    with cupy.cuda.ExternalStream(address):
-        spin((1,), (1,), (DELAY,))
-
-
-def busy(address):
-    return not cupy.cuda.ExternalStream(address).done
 
 
 @contextlib.contextmanager
@@ -193,7 +177,7 @@ def test_a_copy_out_waits_for_the_steps_before_it(arrays):
         story.cache.offload(first)
         story.cache.restore(first)
         found = story.read(first)
-        assert busy(stream), "the host waited for the device"
+        assert is_busy(stream), "the host waited for the device"
         story.compare(found)
 
 
@@ -206,7 +190,7 @@ def test_whoever_writes_into_a_block_that_is_copied_out_waits(arrays):
         story.cache.offload(first)
         other = story.write(given)
         assert set(other.blocks) == blocks
-        assert busy(story.side), "the host waited for the device"
+        assert is_busy(story.side), "the host waited for the device"
         story.cache.restore(first)
         found = [story.read(sequence) for sequence in (other, first)]
         for each in found:
@@ -228,7 +212,7 @@ def test_only_steps_of_a_restored_sequence_wait_for_it(arrays):
             story.cache.restore(first)
             found = [story.read(second)]
             cupy.cuda.ExternalStream(stream).synchronize()
-            beside = busy(story.side)
+            beside = is_busy(story.side)
             found.append(story.read(first))
             for each in found:
                 story.compare(each)
@@ -248,7 +232,7 @@ def test_a_copy_in_waits_for_the_steps_before_it(arrays):
         story.cache.restore(first)
         assert set(first.blocks) == blocks
         found.append(story.read(first))
-        assert busy(stream), "the host waited for the device"
+        assert is_busy(stream), "the host waited for the device"
         for each in found:
             story.compare(each)
 
@@ -287,5 +271,5 @@ def test_a_cache_dropped_behind_a_queued_step(arrays):
         assert gone() is None
         for _ in range(4):
             later.cache.batch([other])
-        assert busy(stream), "the host waited for the device"
+        assert is_busy(stream), "the host waited for the device"
         later.compare(found)

@@ -12,18 +12,12 @@ import cupy_paged
 from support import compare, frameworks, ops, oracle, per_thread
 from support.data import Case, build
 from support.receipt import ROOT
+from support.workers import delay, is_busy
 
 CUPY, *OTHERS = frameworks.device()
 TORCH = [arrays for arrays in OTHERS if arrays.name == "torch"]
 WRITABLE = frameworks.writable([CUPY, *OTHERS])
 by_name = {"ids": lambda arrays: arrays.name}
-# About 50 ms: far more than the host needs to queue what a test queues.
-DELAY = np.int64(80_000_000)
-spin = cupy.RawKernel(
-    'extern "C" __global__ void spin(long long cycles) {'
-    " long long start = clock64(); while (clock64() - start < cycles); }",
-    "spin",
-)
 
 
 def side_stream(arrays):
@@ -38,15 +32,6 @@ def side_stream(arrays):
 def current(arrays, stream):
     """Makes `stream` the framework's current one."""
     return arrays.torch.cuda.stream(stream) if arrays.name == "torch" else stream
-
-
-def delay(address):
-    with cupy.cuda.ExternalStream(address):
-        spin((1,), (1,), (DELAY,))
-
-
-def busy(address):
-    return not cupy.cuda.ExternalStream(address).done
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +65,7 @@ def test_the_current_stream_of_the_framework_is_used(arrays, name, problem):
         delay(address)
         write()
         out = cupy_paged.paged_attention(**given)
-        assert busy(address), "the call waited for the device"
+        assert is_busy(address), "the call waited for the device"
         copied = out + 0
     stream.synchronize()
     compare.close(arrays.numpy(copied), problem.expected[0], "float16")
@@ -106,7 +91,7 @@ def test_a_given_stream_is_used(arrays, form, problem):
         write()
     spelled = {"object": stream, "address": address, "protocol": WithProtocol(address)}[form]
     out = cupy_paged.paged_attention(**given, stream=spelled)
-    assert busy(address), "the call waited for the device"
+    assert is_busy(address), "the call waited for the device"
     stream.synchronize()
     compare.close(arrays.numpy(out), problem.expected[0], "float16")
 
@@ -218,7 +203,7 @@ def test_the_stream_argument_of_every_other_operator(problem):
     with stream:
         late[...] = source
     run(stream=stream)
-    assert busy(address), "a call waited for the device"
+    assert is_busy(address), "a call waited for the device"
     stream.synchronize()
     want = source.get()
     np.testing.assert_allclose(merged.get(), want, rtol=2e-3)

@@ -7,6 +7,7 @@ from mutants.mutant import Mutant
 REFERENCE = "tests/test_reference.py"
 BLOCKS = "tests/test_block_ops.py"
 DTYPES = "tests/test_dtypes.py"
+ERRORS = "tests/test_errors.py"
 
 MUTANTS = (
     Mutant(
@@ -225,6 +226,13 @@ MUTANTS = (
         "row = ends[0] + np.arange(len(seq))",
         "row = np.arange(len(seq))",
         BLOCKS,
+    ),
+    Mutant(
+        "a gather of too many tokens blames where they start",
+        "cupy_paged/reference.py",
+        "if position[first] >= 0 and length > capacity:",
+        "if False:",
+        ERRORS,
     ),
     Mutant(
         "gathered values get the keys' scale",

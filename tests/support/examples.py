@@ -32,6 +32,14 @@ def imported(code: str) -> set[str]:
     return set(re.findall(r"^(?:import|from) (\w+)", code, re.M))
 
 
+def check_says_what_it_needs(code: str) -> None:
+    """A line that fails without a GPU says so, and that NumPy does where it does."""
+    needs_a_gpu = bool(re.search(NEEDS_A_GPU, code))
+    takes_numpy = "import cupy as cp" in code and not needs_a_gpu
+    assert code.count("  # needs a GPU\n") == needs_a_gpu
+    assert code.count("  # needs a GPU; without one, import numpy as cp\n") == takes_numpy
+
+
 def runnable(code: str) -> str:
     """The example as it runs here. Without a GPU, NumPy stands in for CuPy.
 
@@ -43,7 +51,7 @@ def runnable(code: str) -> str:
     if (reason := device.missing()) and re.search(NEEDS_A_GPU, code):
         pytest.skip(f"needs a GPU, or its streams: {reason}")
     if reason:
-        return code.replace("import cupy as cp\n", "import numpy as cp\n")
+        return code.replace("import cupy as cp  ", "import numpy as cp  ")
     return code
 
 

@@ -265,3 +265,9 @@ class FakeTorch:
                 fake_torch.current_streams[device] = self.left
 
         return Current()
+
+
+def host_empty(leader, name, shape, dtype, stream):
+    """In the place of `cupy_paged.results.empty`: zeros on the host, also for a device."""
+    made = np.zeros(shape, dtype)
+    return SimpleNamespace(owner=made, pointer=made.ctypes.data, bits=made)

@@ -15,8 +15,8 @@ spin = cupy.RawKernel(
 CYCLES_PER_MS = 1_600_000
 
 
-def delay(address, milliseconds):
-    """Keeps a stream busy for about so long."""
+def delay(address, milliseconds=50):
+    """Keeps a stream busy for about so long: by default, while a test queues all that it queues."""
     with cupy.cuda.ExternalStream(address):
         spin((1,), (1,), (np.int64(milliseconds * CYCLES_PER_MS),))
 
