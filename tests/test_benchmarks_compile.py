@@ -22,7 +22,7 @@ def test_compile_suite(runner):
             (cache / "again").touch()
         return 1.5 if cold else 0.05
 
-    compile_suite.run(runner, (("HND", "bf16"), ("HND", "fp8")), 2, call)
+    compile_suite.run(runner, (("HND", "bf16"), ("HND", "fp8")), call)
     cold, warm, _, again = runner.result.measurements
     assert (cold.op, cold.time) == ("cold", 1.5e6)
     assert (warm.op, warm.time) == ("from disk", pytest.approx(5e4))
