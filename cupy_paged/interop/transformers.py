@@ -7,7 +7,7 @@
     model.generate(**inputs, past_key_values=cache)
 
 For decoder-only models whose layers all have full causal attention, as Llama's and Qwen's, on the
-device of the model, with transformers 5. A `PagedCache` is a `Cache` of transformers:
+device of the model, with transformers 5.4 or newer. A `PagedCache` is a `Cache` of transformers:
 
 - A row of the batch is a sequence. It has the tokens that the attention mask shows, and no others:
   padding takes no memory, wherever it stands. What the mask hides later must be the last tokens of
@@ -48,7 +48,7 @@ try:
     from transformers.masking_utils import causal_mask_function
 except ImportError as error:
     raise ImportError(
-        "cupy_paged.interop.transformers needs torch, and transformers 5 or newer "
+        "cupy_paged.interop.transformers needs torch, and transformers 5.4 or newer "
         f'({error}): pip install "cupy-paged[transformers]"'
     ) from error
 
