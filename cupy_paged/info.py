@@ -12,11 +12,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cupy_paged import __version__
+from cupy_paged import __version__, kernel_cache
 from cupy_paged.compiler import kernel_dir, sources_digest
 
 # What the extras of pyproject.toml install, by CUDA major. The first of each is its CuPy.
@@ -166,11 +166,6 @@ def framework_versions() -> dict[str, str | None]:
     return {"cupy": cupy, **{name: installed_version(name) for name in FRAMEWORKS}}
 
 
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where CuPy keeps compiled kernels."""
-    return Path(environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
-
-
 def header_dir() -> Path | None:
     """The folder of cuda_fp16.h, which CuPy's own elementwise kernels include."""
     candidates: list[str | None] = []
@@ -258,7 +253,7 @@ def _describe_headers(problems: list[Problem]) -> str:
 
 
 def _describe_cache(problems: list[Problem]) -> str:
-    folder = cache_dir()
+    folder = kernel_cache.folder()
     if not folder.is_dir():
         return f"{folder} (empty)"
     sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
