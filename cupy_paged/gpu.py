@@ -37,9 +37,9 @@ def cupy() -> ModuleType:
         raise ImportError(
             f"CuPy {cupy.__version__} is too old, 14.2 or newer is needed: {INSTALL_HINT}"
         )
-    _refuse_old_driver(cupy.cuda.runtime)
     if os.getpid() != _pid:
         _refuse_cuda_of_parent(cupy.cuda.runtime)
+    _refuse_old_driver(cupy.cuda.runtime)
     return cupy
 
 

@@ -6,7 +6,7 @@ the kernels of the process live in its memory.
 
 There are no locks. Processes that start together on an empty folder compile side by side: where
 each has a core, that takes as long as to wait for the first of them. The last to finish replaces
-files that are equal to its own. A lock would save work of the processor alone, and could itself be
+files that are as good as its own. A lock would save work of the processor alone, and could itself be
 waited for: in folders that cannot be written, on file systems that have none, after a killed owner.
 """
 
