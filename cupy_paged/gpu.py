@@ -82,9 +82,9 @@ def driver_cuda_version(runtime: ModuleType | None = None) -> str:
 
 def install_command(major: int | None = None) -> str:
     """What installs all that a CUDA major needs: that of the CuPy that is here if none is given."""
-    return (
-        f'pip install "cupy-paged[cuda{major or cupy().cuda.runtime.runtimeGetVersion() // 1000}]"'
-    )
+    if major is None:
+        major = cupy().cuda.runtime.runtimeGetVersion() // 1000
+    return f'pip install "cupy-paged[cuda{major}]"'
 
 
 # ---- devices ----

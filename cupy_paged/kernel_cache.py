@@ -6,8 +6,8 @@ the kernels of the process live in its memory.
 
 There are no locks. Processes that start together on an empty folder compile side by side: where
 each has a core, that takes as long as to wait for the first of them. The last to finish replaces
-files that are as good as its own. A lock would save work of the processor alone, and could itself be
-waited for: in folders that cannot be written, on file systems that have none, after a killed owner.
+files that are as good as its own. A lock would save the processor some work, and could itself be
+what a process waits for: on file systems that have none, or after its owner was stopped.
 """
 
 from __future__ import annotations

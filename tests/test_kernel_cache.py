@@ -73,7 +73,7 @@ def cache(tmp_path, monkeypatch, caplog):
     path = tmp_path / "cache"
     path.mkdir()
     monkeypatch.setenv("CUPY_CACHE_DIR", str(path))
-    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "0")
     monkeypatch.setattr(kernel_cache, "_reports", itertools.count())
     compiler._nvrtc_build()
     monkeypatch.setattr(compiler, "_compile", compiler._compile)  # to have it back
@@ -291,6 +291,40 @@ def test_in_memory_the_folder_is_not_touched(cache, right, monkeypatch):
     assert len(cache.files()) == 1
 
 
+def test_writers_of_one_entry_do_not_disturb_each_other(cache, right, monkeypatch):
+    replace = os.replace
+
+    def another_first(*paths):
+        monkeypatch.setattr(os, "replace", replace)
+        cache.binary()  # finds nothing yet, and is done sooner
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", another_first)
+    cache.binary()
+    assert cache.later_process() == [KERNEL.name] * 2
+    assert cache.code() == right[KERNEL]
+    assert cache.compiled == cache.warnings() == []
+    assert cache.files() == cache.entries()
+
+
+@pytest.mark.parametrize("value", [None, "", "below a file"])
+def test_cupy_is_let_in_and_the_environment_is_left_as_it_was(cache, monkeypatch, value):
+    """CuPy makes the folder that CUPY_CACHE_DIR says at its import, or fails."""
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setenv("HOME", str(cache.path))
+    if value is None:
+        monkeypatch.delenv("CUPY_CACHE_DIR")
+    else:
+        value = value and str(cache_faults.below_a_file(cache.path))
+        monkeypatch.setenv("CUPY_CACHE_DIR", value)
+    before = dict(os.environ)
+    with kernel_cache.lets_cupy_in():
+        assert os.path.isdir(os.environ["CUPY_CACHE_DIR"])
+        assert kernel_cache.is_in_memory() == bool(value)
+    assert {**os.environ, "CUPY_CACHE_IN_MEMORY": "0"} == before
+    assert len(cache.warnings()) == bool(value)
+
+
 # ---- processes ----
 
 
@@ -441,7 +475,8 @@ def test_a_chip_that_nvrtc_does_not_know_gets_ptx(cache, clear_caches):
     compiler.target.cache_clear()
     for _ in range(2):
         binary = cache.binary(arch=999)
-        assert b".target sm_" in binary.image
+        newest = max(gpu.cupy().cuda.nvrtc.getSupportedArchs())
+        assert f".target sm_{newest}\n".encode() in binary.image
         assert f".entry {binary.symbol}".encode() in binary.image
     assert cache.compiled == [KERNEL.name]
     (warning,) = cache.warnings()
