@@ -158,7 +158,8 @@ def _version() -> str:
 @functools.cache
 def _nvrtc_build() -> str:
     """What NVRTC says of itself in PTX: two builds of one version may compile differently."""
-    ptx = _compile("", "nothing.cu", (), ("-arch=compute_90",)).image.decode()
+    newest = max(_nvrtc().getSupportedArchs())
+    ptx = _compile("", "nothing.cu", (), (f"-arch=compute_{newest}",)).image.decode()
     return "\n".join(line for line in ptx.splitlines() if line.startswith("//"))
 
 
