@@ -451,8 +451,9 @@ def test_processes_that_start_together_need_no_lock(cache, right):
         children = json.loads(done.stdout)
         assert len(children) == number
         assert len({child["digest"] for child in children}) == 1
-        counts = {len(child["compiled"]) for child in children}
-        assert (max(counts) == 2) if is_first else (counts == {0})
+        compiled = {name for child in children for name in child["compiled"]}
+        assert compiled == ({KERNEL.name, OTHER.name} if is_first else set())
+        assert all(len(child["compiled"]) == len(set(child["compiled"])) for child in children)
         assert "cannot be kept" not in done.stderr
         assert cache.files() == cache.entries()
         assert len(cache.entries()) == 2
@@ -556,6 +557,7 @@ def test_an_old_cupy_is_refused(monkeypatch):
 def machine(monkeypatch, clear_caches):
     fake = stand_in()
     fake.install(monkeypatch)
+    monkeypatch.setattr(gpu, "_contexts", {})
     gpu.device_limits.cache_clear()
     return fake
 
@@ -584,6 +586,12 @@ def test_dynamic_shared_memory_is_asked_for(machine, monkeypatch):
     compiler.load(KERNEL, 0, 0)
     loaded = compiler.load(KERNEL._replace(shared_bytes=200_000), 0, 0)
     assert asked == [(loaded.function.ptr, "most", 200_000)]
+
+
+def test_each_device_loads_a_kernel_for_itself_once(machine):
+    loaded = [compiler.load(KERNEL, device, 0) for device in (0, 1, 0, 1)]
+    assert loaded[:2] == loaded[2:]
+    assert machine.take() == [(device, "loadKernel", KERNEL.name) for device in (0, 1)]
 
 
 def test_threads_that_need_a_kernel_first_compile_it_once(machine, monkeypatch):
