@@ -1,8 +1,9 @@
 """A specialisation of a kernel -> a function ready to launch.
 
-The only file that knows NVRTC and CuPy's kernel cache. CuPy keys its cache by source text, options
-and names, and does not look into included files: a kernel is handed over as one text with its
-includes resolved, so that a changed header can never meet an old binary.
+The only file that knows NVRTC. A kernel is one text with its includes resolved, and its binary is
+kept under a digest of that text, so that a changed header can never meet an old binary. CuPy's own
+way to compile fails where its cache cannot be read or written, and believes an entry of another
+kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cupy_paged import gpu
+from cupy_paged import gpu, kernel_cache
+from cupy_paged.kernel_cache import Binary
 
 logger = logging.getLogger("cupy_paged")
 
@@ -88,7 +90,105 @@ def cpp(dtype: str) -> str:
 def options(sm: int | None = None) -> tuple[str, ...]:
     """NVRTC options; with `sm`, the code paths of that compute capability on whatever chip."""
     emulation = () if sm is None else (f"-DCUPY_PAGED_SM={sm}",)
-    return ("--std=c++17", *emulation)
+    return ("--std=c++17", "-ftz=true", *emulation)
+
+
+# ---- compilation ----
+
+OLDEST_NVRTC = (12, 8)
+
+
+def binary_of(kernel: Kernel, arch: int, sm: int | None) -> Binary:
+    """A kernel for chips of compute capability `arch`, times ten: from disk, or compiled and kept.
+
+    With `sm`, it has the code paths of that compute capability. Raises RuntimeError, with what to
+    do about it, where NVRTC is missing, does not know the chip, or refuses the source.
+    """
+    source, names = flatten(kernel.source), (kernel.name,)
+    settings = (target(arch), *options(sm))
+    if kernel_cache.is_in_memory():
+        return _compile(source, kernel.source, names, settings)
+    parts = (source, *names, *settings, _nvrtc_build())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    binary = kernel_cache.find(key)
+    if binary is None:
+        binary = _compile(source, kernel.source, names, settings)
+        kernel_cache.keep(key, binary)
+    return binary
+
+
+@functools.cache
+def target(arch: int) -> str:
+    """NVRTC's option for machine code of a chip; for one that it does not know yet, for PTX.
+
+    The driver makes machine code of PTX. Raises RuntimeError for a chip older than all it knows.
+    """
+    nvrtc = _nvrtc()
+    known = nvrtc.getSupportedArchs()
+    if arch in known:
+        return f"-arch=sm_{arch}"
+    older = [other for other in known if other < arch]
+    if not older:
+        raise RuntimeError(
+            f"NVRTC {_version()} compiles for sm_{min(known)} and newer, this device is sm_{arch}"
+        )
+    logger.warning(
+        "NVRTC %s does not know sm_%d and compiles for sm_%d: %s, with a newer one, if it is slow",
+        _version(), arch, max(older), gpu.install_command(),
+    )  # fmt: skip
+    return f"-arch=compute_{max(older)}"
+
+
+def _nvrtc() -> Any:
+    """CuPy's module of it, which loads the library when it is first called."""
+    nvrtc = gpu.cupy().cuda.nvrtc
+    try:
+        nvrtc.getVersion()
+    except (RuntimeError, ImportError, OSError) as error:
+        raise RuntimeError(
+            f"NVRTC, which compiles kernels, cannot be loaded: {gpu.install_command()}"
+        ) from error
+    return nvrtc
+
+
+def _version() -> str:
+    return ".".join(map(str, _nvrtc().getVersion()))
+
+
+@functools.cache
+def _nvrtc_build() -> str:
+    """What NVRTC says of itself in PTX: two builds of one version may compile differently."""
+    newest = max(_nvrtc().getSupportedArchs())
+    ptx = _compile("", "nothing.cu", (), (f"-arch=compute_{newest}",)).image.decode()
+    return "\n".join(line for line in ptx.splitlines() if line.startswith("//"))
+
+
+def _compile(
+    source: str, filename: str, names: tuple[str, ...], settings: tuple[str, ...]
+) -> Binary:
+    """Machine code or PTX, as the settings ask, with the one kernel that is named, or none."""
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, filename, (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        nvrtc.compileProgram(program, settings)
+        symbols = [nvrtc.getLoweredName(program, name) for name in names]
+        is_ptx = settings[0].startswith("-arch=compute_")
+        image = nvrtc.getPTX(program) if is_ptx else nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        what = f"NVRTC {_version()} cannot compile {', '.join(names) or filename}"
+        if nvrtc.getVersion() < OLDEST_NVRTC:
+            oldest = ".".join(map(str, OLDEST_NVRTC))
+            what += f", {oldest} or newer may: {gpu.install_command()}"
+        log = nvrtc.getProgramLog(program)
+        raise RuntimeError(f"{what} ({' '.join(settings)})\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    return Binary("".join(symbols), image)
+
+
+# ---- loading ----
 
 
 class Loaded(NamedTuple):
@@ -124,10 +224,11 @@ def loading_beside_captures() -> Iterator[None]:
 
 
 def load(kernel: Kernel, device: int, stream: int) -> Loaded:
-    """The kernel on a device, compiled if neither this process nor CuPy's disk cache has it.
+    """The kernel on a device, compiled if neither this process nor the cache on disk has it.
 
-    A compilation takes about a second. Raises RuntimeError where `stream` is being captured into a
-    CUDA graph and the kernel was never used before: loading it would break the capture, but for
+    A compilation takes about a second. Raises RuntimeError where NVRTC or the driver refuses the
+    kernel, with what mends that, and where `stream` is being captured into a CUDA graph and the
+    kernel was never used before: loading it would break the capture, but for
     `loading_beside_captures`.
     """
     key = (kernel, device, gpu.emulated_sm())
@@ -153,6 +254,7 @@ def is_loaded(kernel: Kernel, device: int) -> bool:
 
 def _load_once(kernel: Kernel, device: int, sm: int | None) -> Loaded:
     key = (kernel, device, sm)
+    gpu.cupy()  # refuses to work in a forked process, whose lock may be held for ever
     with _lock:
         found = _loaded.get(key)
         if found is None:
@@ -161,18 +263,26 @@ def _load_once(kernel: Kernel, device: int, sm: int | None) -> Loaded:
 
 
 def _load(kernel: Kernel, device: int, sm: int | None) -> Loaded:
-    cupy = gpu.cupy()
+    cuda = gpu.cupy().cuda
     start = time.perf_counter()
+    limits = gpu.device_limits(device)
     with gpu.on(device):
-        module = cupy.RawModule(
-            code=flatten(kernel.source), options=options(sm), name_expressions=(kernel.name,)
-        )
-        raw = module.get_function(kernel.name)
+        symbol, image = binary_of(kernel, limits.sm, sm)
+        module = cuda.Module()
+        try:
+            module.load(image)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{kernel.name}: the driver, for CUDA {gpu.driver_cuda_version()}, does not load "
+                f"what NVRTC {_version()} made for cuda:{device}, sm_{limits.sm} ({error}); "
+                "`python -m cupy_paged info` says whether they fit each other"
+            ) from error
+        function = module.get_function(symbol)
         if kernel.shared_bytes:
-            raw.max_dynamic_shared_size_bytes = kernel.shared_bytes
-        function = raw.kernel
-        blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+            attribute = cuda.driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            cuda.driver.funcSetAttribute(function.ptr, attribute, kernel.shared_bytes)
+        blocks = cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
             function.ptr, kernel.num_threads, kernel.shared_bytes
         )
     logger.info("%s ready on cuda:%d in %.2f s", kernel.name, device, time.perf_counter() - start)
-    return Loaded(function, kernel, blocks * gpu.device_limits(device).num_multiprocessors)
+    return Loaded(function, kernel, blocks * limits.num_multiprocessors)

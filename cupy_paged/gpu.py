@@ -5,38 +5,86 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from cupy_paged import kernel_cache
+
 INSTALL_HINT = (
-    'pip install "cupy-cuda12x>=14.2" (or cupy-cuda13x, after your driver); '
+    'pip install "cupy-paged[cuda12]" (or cuda13, after your driver); '
     "`python -m cupy_paged info` lists what else is missing"
 )
+
+_INITIALIZATION_ERROR = 3
+"""What CUDA's runtime answers in a process forked from one that has used CUDA."""
+_pid = os.getpid()
 
 
 @functools.cache
 def cupy() -> ModuleType:
     """The CuPy module.
 
-    Raises ImportError, with the command that mends it, if CuPy is missing or too old, or cannot
-    start: it makes its cache directory at import, so an unusable home directory is enough.
+    Raises ImportError, with the command that mends it, if CuPy is missing or too old, and
+    RuntimeError if the driver is too old for it, or CUDA was used before this process was forked.
     """
     try:
-        import cupy
+        with kernel_cache.lets_cupy_in():
+            import cupy
     except ImportError as error:
         raise ImportError(f"GPU arrays need CuPy 14.2 or newer: {INSTALL_HINT}") from error
-    except OSError as error:
-        raise ImportError(
-            f"CuPy cannot create its kernel cache ({error}): "
-            "set CUPY_CACHE_DIR to a writable directory"
-        ) from error
     if tuple(int(part) for part in cupy.__version__.split(".")[:2]) < (14, 2):
         raise ImportError(
-            f"CuPy {cupy.__version__} does not keep compiled kernels, "
-            f"14.2 or newer does: {INSTALL_HINT}"
+            f"CuPy {cupy.__version__} is too old, 14.2 or newer is needed: {INSTALL_HINT}"
         )
+    if os.getpid() != _pid:
+        _refuse_cuda_of_parent(cupy.cuda.runtime)
+    _refuse_old_driver(cupy.cuda.runtime)
     return cupy
+
+
+def in_forked_process(forget: Callable[[], None]) -> None:
+    """Has `forget` called in each process that is forked: CUDA and its objects stay behind."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forget)
+
+
+in_forked_process(cupy.cache_clear)
+
+
+def _refuse_old_driver(runtime: ModuleType) -> None:
+    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    if 0 < driver // 1000 < built_for // 1000:  # 0: none, and so no GPU
+        raise RuntimeError(
+            f"CuPy is for CUDA {built_for // 1000}, and this machine's driver runs CUDA "
+            f"{driver_cuda_version(runtime)} at most: install a newer driver, or "
+            f"pip uninstall cupy-cuda{built_for // 1000}x && {install_command(driver // 1000)}"
+        )
+
+
+def _refuse_cuda_of_parent(runtime: ModuleType) -> None:
+    try:
+        runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if error.status == _INITIALIZATION_ERROR:
+            raise RuntimeError(
+                "CUDA was used before this process was forked, and cannot be used in it: start "
+                'processes with multiprocessing.get_context("spawn"), or fork before the first '
+                "array on a GPU"
+            ) from error
+
+
+def driver_cuda_version(runtime: ModuleType | None = None) -> str:
+    """The newest CUDA version that the driver runs, such as "13.0"."""
+    version = (runtime or cupy().cuda.runtime).driverGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def install_command(major: int | None = None) -> str:
+    """What installs all that a CUDA major needs: that of the CuPy that is here if none is given."""
+    if major is None:
+        major = cupy().cuda.runtime.runtimeGetVersion() // 1000
+    return f'pip install "cupy-paged[cuda{major}]"'
 
 
 # ---- devices ----

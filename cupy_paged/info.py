@@ -12,11 +12,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cupy_paged import __version__
+from cupy_paged import __version__, kernel_cache
 from cupy_paged.compiler import kernel_dir, sources_digest
 
 # What the extras of pyproject.toml install, by CUDA major. The first of each is its CuPy.
@@ -56,6 +56,7 @@ class Device(NamedTuple):
 class Problem(NamedTuple):
     what: str
     remedy: str
+    is_fatal: bool = True  # without it, no kernel runs
 
 
 class Report(NamedTuple):
@@ -66,11 +67,11 @@ class Report(NamedTuple):
         width = max(len(label) for label, _ in self.rows) + 2
         lines = [f"{label:<{width}}{value}" for label, value in self.rows]
         lines.append("")
-        if not self.problems:
-            lines.append("GPU kernels: ready.")
-        else:
+        if any(problem.is_fatal for problem in self.problems):
             lines.append("GPU kernels: not available. Host arrays run on the NumPy backend.")
-        for what, remedy in self.problems:
+        else:
+            lines.append("GPU kernels: ready.")
+        for what, remedy, _ in self.problems:
             lines += [f"  missing: {what}", f"    mend:  {remedy}"]
         return "\n".join(lines)
 
@@ -166,11 +167,6 @@ def framework_versions() -> dict[str, str | None]:
     return {"cupy": cupy, **{name: installed_version(name) for name in FRAMEWORKS}}
 
 
-def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where CuPy keeps compiled kernels."""
-    return Path(environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
-
-
 def header_dir() -> Path | None:
     """The folder of cuda_fp16.h, which CuPy's own elementwise kernels include."""
     candidates: list[str | None] = []
@@ -218,18 +214,13 @@ def _describe_cupy(problems: list[Problem]) -> str:
             )
         )
     try:
-        import cupy
+        with kernel_cache.lets_cupy_in():
+            import cupy
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise
         problems.append(Problem("CuPy", _install_command()))
         return "not installed"
-    except OSError as error:
-        # CuPy makes its kernel cache as it is imported.
-        problems.append(
-            Problem(f"a kernel cache that CuPy can write ({error})", "export CUPY_CACHE_DIR=FOLDER")
-        )
-        return "cannot be imported"
     version = tuple(int(part) for part in cupy.__version__.split(".")[:2])
     if version < OLDEST_CUPY:
         needed = ".".join(map(str, OLDEST_CUPY))
@@ -258,12 +249,20 @@ def _describe_headers(problems: list[Problem]) -> str:
 
 
 def _describe_cache(problems: list[Problem]) -> str:
-    folder = cache_dir()
-    if not folder.is_dir():
-        return f"{folder} (empty)"
-    sizes = [path.stat().st_size for path in folder.iterdir() if path.is_file()]
-    if not os.access(folder, os.W_OK):
-        problems.append(Problem(f"write access to {folder}", "export CUPY_CACHE_DIR=FOLDER"))
+    try:
+        folder = kernel_cache.folder()
+    except OSError as error:
+        folder, is_usable = error, False
+    else:
+        # An import of CuPy has made it, if that could be done.
+        is_usable = os.access(folder, os.W_OK) if folder.is_dir() else "cupy" not in sys.modules
+    if not is_usable:
+        what = f"a kernel cache that can be written ({folder}), so each process compiles again"
+        problems.append(Problem(what, "export CUPY_CACHE_DIR=FOLDER", is_fatal=False))
+        return "none"
+    if kernel_cache.is_in_memory():
+        return f"none: {kernel_cache.IN_MEMORY_VARIABLE} is set"
+    sizes = [path.stat().st_size for path in folder.glob("*") if path.is_file()]
     return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 
 

@@ -34,9 +34,13 @@ class _Kept:
         self.calls: dict[tuple[Any, ...], PreparedCall] = {}
         self.last: dict[str, tuple[list[Any], PreparedCall]] = {}
 
+    def forget(self) -> None:
+        self.calls, self.last = {}, {}
+
 
 # Whoever reads meanwhile finds a call or does not, and a lost one is prepared again: no lock.
 _kept = _Kept()
+gpu.in_forked_process(_kept.forget)
 
 _NO_CALL = None, None
 

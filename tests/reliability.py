@@ -66,6 +66,7 @@ HAZARDS = (
     Hazard("A wrong call runs, or its error does not say what is wrong", ("test_errors.py",)),
     Hazard("An op overwrites what it reads", ("test_errors.py", "test_overlap.py")),
     Hazard("Old binaries of changed kernels, or kernels that do not compile for a chip", ("test_compile.py",)),
+    Hazard("A cache of compiled kernels that is damaged, cannot be written, or is filled by many at once; a missing NVRTC, an old driver, a fork", ("test_kernel_cache.py", "gpu/test_kernel_cache.py")),
     Hazard("A call like an earlier one is not the same", ("test_prepared.py", "test_attention_plan.py")),
     Hazard("Blocks freed twice, lost, or evicted while in use", ("test_block_allocator.py", "test_sequences.py")),
     Hazard("A prefix is found that has other tokens, another salt, or was evicted", ("test_sequences.py",)),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
-from cupy_paged import compiler, gpu
+from cupy_paged import gpu
 from cupy_paged.arrays import array
 from cupy_paged.attention_kernels import PARAMS, most_partitions, partition_size_of
 from support import fake_cupy, ops
@@ -54,8 +54,7 @@ def launched(monkeypatch):
     fake = FakeCuPy()
     packed = []
     fake.launched = lambda address: packed.append(ctypes.string_at(address, PARAMS.size))
-    monkeypatch.setattr(gpu, "cupy", lambda: fake)
-    monkeypatch.setattr(compiler, "_loaded", {})
+    fake.install(monkeypatch)
     gpu.device_limits.cache_clear()
 
     def run(**given):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cupy_paged import block_ops, block_runs, compiler, gpu, in_flight
+from cupy_paged import block_ops, block_runs, gpu, in_flight
 from support import compare, fake_cupy, frameworks, oracle
 from support.block_suite import (
     CopyBlocksSuite,
@@ -75,9 +75,8 @@ def test_runs_are_as_long_as_they_can_be():
 def machine(monkeypatch):
     """A CuPy that copies blocks as the kernel would, by the parameters that it is launched with."""
     machine = fake_cupy.FakeCuPy()
-    monkeypatch.setattr(gpu, "cupy", lambda: machine)
+    machine.install(monkeypatch)
     monkeypatch.setattr(in_flight, "_queues", {})
-    monkeypatch.setattr(compiler, "_loaded", {})
     machine.launched = copy_as_launched
     return machine
 

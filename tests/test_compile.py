@@ -29,7 +29,6 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SAMPLE = 6  # specialisations of paged_attention for each architecture, beside the fixed ones
 
 REGISTERS_OF_AN_SM = 64 * 1024
-CUPY_OPTIONS = ("-ftz=true",)  # what CuPy adds of its own
 
 DTYPES = [(query, cache) for query in FLOATS for cache in (query, "float8_e4m3fn", "float8_e5m2")]
 LAYOUTS = ("vllm", "HND", "NHD")
@@ -174,9 +173,7 @@ PARAMS = {
 def flaws(kernel: Kernel, sm: int) -> str | None:
     """What is wrong with a kernel on an architecture. None if nothing is."""
     try:
-        compiled = nvrtc.compile(
-            flatten(kernel.source), [kernel.name], sm, (*options(), *CUPY_OPTIONS)
-        )
+        compiled = nvrtc.compile(flatten(kernel.source), [kernel.name], sm, options())
     except nvrtc.CompileError as error:
         return str(error)
     used = compiled.kernels[kernel.name]

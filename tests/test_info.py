@@ -100,8 +100,9 @@ def test_unusable_home_names_the_variable():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "a kernel cache that CuPy can write" in done.stdout
+    assert "a kernel cache that can be written (/dev/null)" in done.stdout
     assert "export CUPY_CACHE_DIR=" in done.stdout
+    assert re.search(r"^CuPy +\d", done.stdout, re.M)
 
 
 def test_commands_install_what_the_extras_install():
@@ -177,6 +178,30 @@ def test_part_that_fails_says_so_and_the_rest_goes_on(monkeypatch):
 def test_everything_present_is_ready():
     report = info.Report([("a", "b"), ("longer", "c")], [])
     assert str(report) == "a       b\nlonger  c\n\nGPU kernels: ready."
+
+
+def test_what_kernels_can_do_without_does_not_make_them_unavailable():
+    missing = info.Problem("a cache", "make one", is_fatal=False)
+    words = "a  b\n\nGPU kernels: ready.\n  missing: a cache\n    mend:  make one"
+    assert str(info.Report([("a", "b")], [missing])) == words
+    both = info.Report([("a", "b")], [missing, info.Problem("CuPy", "pip")])
+    assert "GPU kernels: not available." in str(both)
+
+
+@pytest.mark.parametrize(
+    ("folder", "mode", "found"),
+    [("there", "0", "1 files"), ("file", "0", "none"), ("there", "1", "CUPY_CACHE_IN_MEMORY")],
+)
+def test_the_kernel_cache_is_described(tmp_path, monkeypatch, folder, mode, found):
+    pytest.importorskip("cupy")
+    (tmp_path / "there").mkdir()
+    for path in tmp_path / "file", tmp_path / "there" / "entry":
+        path.write_bytes(b"")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / folder))
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", mode)
+    problems = []
+    assert found in info._describe_cache(problems)
+    assert [problem.is_fatal for problem in problems] == [False] * (folder == "file")
 
 
 def test_no_command_prints_help(capsys):

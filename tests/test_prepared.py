@@ -17,7 +17,7 @@ import pytest
 from test_errors import BAD_CALLS
 
 import cupy_paged
-from cupy_paged import attention, cache_ops, compiler, counters, gpu, in_flight, merge, prepared
+from cupy_paged import attention, cache_ops, counters, gpu, in_flight, merge, prepared
 from cupy_paged.attention_kernels import PARAMS
 from support import bad_calls, fake_cupy, ops
 from support.bad_calls import (
@@ -74,7 +74,7 @@ class Machine:
         calls = [
             call[:2] + call[3:] if call[1] in ALLOCATIONS else call
             for call in self.cupy.take()
-            if call[1] != "RawModule" and call[-1] != fake_cupy.NEW_STREAM
+            if call[1] != "loadKernel" and call[-1] != fake_cupy.NEW_STREAM
         ]
         params = [unpacked(packed, self.params) for packed in self.packed]
         return calls, params, described(result)
@@ -107,10 +107,9 @@ def machine(monkeypatch):
     modules = {"torch": machine.torch, "cupy": SimpleNamespace(ndarray=fake_cupy.ndarray)}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(gpu, "cupy", lambda: machine.cupy)
+    machine.cupy.install(monkeypatch)
     monkeypatch.setattr(in_flight, "_queues", {})
     monkeypatch.setattr(prepared, "_kept", prepared._Kept())
-    monkeypatch.setattr(compiler, "_loaded", {})
     for name in "_of_streams", "_slabs":
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_kept", [])

@@ -1,6 +1,6 @@
 """All mutants."""
 
-from mutants import attention_kernels, block_pool, move_kernels, ops, reference
+from mutants import attention_kernels, block_pool, kernel_cache, move_kernels, ops, reference
 from mutants.mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -9,4 +9,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *reference.MUTANTS,
     *ops.MUTANTS,
     *block_pool.MUTANTS,
+    *kernel_cache.MUTANTS,
 )

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cupy_paged import compiler, gpu
+from cupy_paged.kernel_cache import Binary
+
 BLOCKS_PER_SM, NUM_SMS = 2, 132
 APART = 2**32
 """Every piece of new memory has an address that is a multiple of this."""
@@ -17,6 +20,7 @@ FIRST_CONTEXT = 5000
 """The context of the first device; the others follow."""
 NEW_STREAM = 999
 """Every stream that is made here."""
+IMAGE = b"a compiled kernel"
 
 
 class FakeCuPy:
@@ -105,13 +109,15 @@ class FakeCuPy:
         def new_array(shape, dtype):
             return ndarray.packed(shape, dtype, alloc(int(np.prod(shape)) * dtype.itemsize))
 
-        def raw_module(code, options, name_expressions):
-            (name,) = name_expressions
-            ptr = 1 + len(fake.functions)
-            fake.functions[ptr] = name
-            raw = SimpleNamespace(kernel=SimpleNamespace(ptr=ptr), max_dynamic_shared_size_bytes=0)
-            fake.log("RawModule", name, options)
-            return SimpleNamespace(get_function={name: raw}.__getitem__)
+        class Module:
+            def load(self, image):
+                assert image == IMAGE
+
+            def get_function(self, symbol):
+                ptr = 1 + len(fake.functions)
+                fake.functions[ptr] = symbol
+                fake.log("loadKernel", symbol)
+                return SimpleNamespace(ptr=ptr)
 
         def set_device(device):
             assert isinstance(device, int)
@@ -126,13 +132,14 @@ class FakeCuPy:
             fake.log("launchKernel", fake.functions[function], gx, bx, shared_bytes, stream)
             fake.launched(ctypes.c_void_p.from_address(arguments).value)
 
-        self.ndarray, self.RawModule = new_array, raw_module
+        self.ndarray = new_array
         self.launched = lambda address: None
         self.cuda = SimpleNamespace(
             Device=Device,
             Event=Event,
             Stream=Stream,
             Memory=memory,
+            Module=Module,
             alloc=alloc,
             get_current_stream=lambda device=None: SimpleNamespace(
                 ptr=fake.current_streams[fake.device if device is None else device]
@@ -156,9 +163,17 @@ class FakeCuPy:
                 ctxGetCurrent=lambda: fake.has_context and FIRST_CONTEXT + fake.device,
                 ctxSetCurrent=set_context,
                 launchKernel=launch_kernel,
+                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+                funcSetAttribute=lambda function, attribute, value: None,
                 occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: BLOCKS_PER_SM,
             ),
         )
+
+    def install(self, monkeypatch):
+        """Makes it the CuPy of all ops; no kernel is compiled for it, nor looked for on disk."""
+        monkeypatch.setattr(gpu, "cupy", lambda: self)
+        monkeypatch.setattr(compiler, "_loaded", {})
+        monkeypatch.setattr(compiler, "binary_of", lambda kernel, *_: Binary(kernel.name, IMAGE))
 
     def log(self, name, *arguments):
         self.calls.append((self.device, name, *arguments))

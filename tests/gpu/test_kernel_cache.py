@@ -1,0 +1,159 @@
+"""First calls of ops in new processes, whatever has become of the cache, its folder and the fork.
+
+All processes start together, and each test waits for its own; tests/test_kernel_cache.py has what
+needs no GPU.
+"""
+
+import concurrent.futures
+import os
+import shutil
+
+import pytest
+
+from support import cache_faults, first_calls, frameworks
+from support.cache_faults import DAMAGES, ENTRIES, USELESS_FOLDERS
+from support.receipt import ROOT
+
+NUM_KERNELS = 2
+COLD_STARTS = 16
+EDIT = "\nnamespace cupy_paged { struct Edited; }\n"
+FRAMEWORKS = [arrays.name for arrays in frameworks.device(0) if arrays.name in first_calls.ARRAYS]
+
+
+class Processes:
+    """Processes by name, on folders of their own."""
+
+    def __init__(self, folder, workers):
+        self._folder, self._workers, self._started = folder, workers, {}
+
+    def folder(self, name):
+        made = self._folder / name.replace(" ", "-")
+        made.mkdir()
+        return made
+
+    def start(self, name, what, *arguments, cache, **options):
+        options.setdefault("env", {k: v for k, v in os.environ.items() if "CUPY_CACHE" not in k})
+        self._started[name] = self._workers.submit(
+            first_calls.run, what, *arguments, CUPY_CACHE_DIR=str(cache), **options
+        )
+
+    def start_function(self, name, function, *arguments):
+        self._started[name] = self._workers.submit(function, *arguments)
+
+    def result(self, name):
+        return self._started[name].result()
+
+
+def calls_between_edits(folder):
+    """What processes say of the package as it is, with an edited header, and as it was again."""
+    for part in "cupy_paged", "kernels":
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, folder / part, ignore=without)
+    header = folder / "kernels" / "dtypes.cuh"
+    original, said = header.read_text(), []
+    for text in original, original + EDIT, original:
+        header.write_text(text)
+        said.append(first_calls.run("ops", root=folder, CUPY_CACHE_DIR=str(folder / "cache")))
+    return said
+
+
+def start_all(processes, filled):
+    for name, make in USELESS_FOLDERS.items():
+        processes.start(name, "ops", cache=make(processes.folder(name)))
+    unwritable = cache_faults.unwritable(processes.folder("below read-only"))
+    processes.start("below read-only", "ops", cache=unwritable / "new")
+    processes.start("a full disk", "ops_on_a_full_disk", cache=processes.folder("a full disk"))
+    processes.start("bare", "ops", cache=processes.folder("bare"), env={})
+    processes.start("threads", "ops_in_threads", "32", cache=processes.folder("threads"))
+    processes.start("after fork", "ops_after_fork", cache=filled)
+    for name in FRAMEWORKS:
+        processes.start(f"before fork, {name}", "ops_before_fork", name, cache=filled)
+    cold = processes.folder("cold start")
+    for i in range(COLD_STARTS):
+        processes.start(f"cold start {i}", "ops", cache=cold)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    filled = tmp_path_factory.mktemp("filled")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+        processes = Processes(folder, workers)
+        processes.start("first", "ops", cache=filled)
+        said = processes.result("first")
+        assert said["right"] and len(said["compiled"]) == NUM_KERNELS
+        processes.start_function("edited", calls_between_edits, processes.folder("edited"))
+        for name, damage in DAMAGES.items():
+            cache = shutil.copytree(filled, folder / f"damaged {name}")
+            damage(*sorted(cache.glob(ENTRIES)))
+            processes.start(f"damaged {name}", "ops", cache=cache)
+        start_all(processes, filled)
+        processes.start("second", "ops", cache=filled)
+        yield processes
+
+
+def test_a_second_process_compiles_nothing(processes):
+    said = processes.result("second")
+    assert said["right"]
+    assert said["compiled"] == said["warnings"] == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_compiled_again(processes, damage, tally):
+    said = processes.result(f"damaged {damage}")
+    assert said["right"], "a damaged entry was run"
+    assert len(said["compiled"]) == (2 if "swapped" in damage else 1)
+    tally.each("cache faults", damage)
+
+
+@pytest.mark.parametrize("fault", [*USELESS_FOLDERS, "below read-only", "a full disk"])
+def test_where_nothing_can_be_kept_ops_run_and_say_so_once(processes, fault, tally):
+    said = processes.result(fault)
+    assert said["right"]
+    assert len(said["compiled"]) == NUM_KERNELS
+    (warning,) = said["warnings"]
+    assert "set CUPY_CACHE_DIR to a folder" in warning
+    tally.each("cache faults", fault)
+
+
+def test_a_bare_environment_is_enough(processes):
+    said = processes.result("bare")
+    assert said["right"]
+    assert said["warnings"] == []
+
+
+def test_threads_that_call_first_compile_each_kernel_once(processes):
+    said = processes.result("threads")
+    assert said["right"]
+    assert len(said["compiled"]) == len(set(said["compiled"])) == NUM_KERNELS
+
+
+def test_processes_that_start_together_are_all_right(processes, tally):
+    said = [processes.result(f"cold start {i}") for i in range(COLD_STARTS)]
+    assert all(one["right"] for one in said)
+    assert [one["warnings"] for one in said] == [[]] * COLD_STARTS
+    assert all(len(one["compiled"]) <= NUM_KERNELS for one in said)
+    assert any(one["compiled"] for one in said)
+    tally("cold starts", COLD_STARTS)
+
+
+def test_an_import_uses_no_cuda_so_that_children_can(processes):
+    said = processes.result("after fork")
+    assert said["child"] == {"right": True}
+    assert said["right"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_cuda_used_before_a_fork_is_a_clear_error_in_the_child(processes, framework):
+    said = processes.result(f"before fork, {framework}")
+    words = {"torch": "forked"}.get(framework, "CUDA was used before this process was forked")
+    for child in said["children"]:
+        assert words in (child["error"] or ""), child
+    assert said["right"], "the parent cannot go on"
+
+
+def test_an_edited_header_is_compiled_and_what_it_was_is_found_again(processes):
+    first, edited, again = processes.result("edited")
+    assert first["right"] and edited["right"] and again["right"]
+    assert len(first["compiled"]) == len(edited["compiled"]) == NUM_KERNELS
+    assert again["compiled"] == []
