@@ -17,7 +17,7 @@ INSTALL_HINT = (
 )
 
 _INITIALIZATION_ERROR = 3
-"""What CUDA's runtime answers in a process forked from one that has used CUDA."""
+"""What CUDA answers in a process forked from one that has used it."""
 _pid = os.getpid()
 
 
@@ -38,7 +38,7 @@ def cupy() -> ModuleType:
             f"CuPy {cupy.__version__} is too old, 14.2 or newer is needed: {INSTALL_HINT}"
         )
     if os.getpid() != _pid:
-        _refuse_cuda_of_parent(cupy.cuda.runtime)
+        _refuse_cuda_of_parent(cupy.cuda)
     _refuse_old_driver(cupy.cuda.runtime)
     return cupy
 
@@ -62,10 +62,11 @@ def _refuse_old_driver(runtime: ModuleType) -> None:
         )
 
 
-def _refuse_cuda_of_parent(runtime: ModuleType) -> None:
+def _refuse_cuda_of_parent(cuda: ModuleType) -> None:
     try:
-        runtime.getDeviceCount()
-    except runtime.CUDARuntimeError as error:
+        cuda.runtime.getDeviceCount()  # starts CUDA, where that was not done before the fork
+        cuda.driver.ctxGetCurrent()  # the runtime may answer from its memory
+    except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
         if error.status == _INITIALIZATION_ERROR:
             raise RuntimeError(
                 "CUDA was used before this process was forked, and cannot be used in it: start "

@@ -46,13 +46,13 @@ template <int N, class T> __device__ inline void store_once(T* target, const Vec
 
 // Grid: any number of thread blocks. A thread block takes as many whole rows, of one (token, head)
 // each, as it has threads for, a thread WIDTH channels at a time: more rows a thread are more registers,
-// and fewer threads in flight. Told of six thread blocks an SM, the compiler takes some registers more than
+// and fewer threads in flight. Told of four thread blocks an SM, the compiler takes some registers more than
 // it needs, and 2% less time. Row holds a row's number: where that is uint32, division is much cheaper.
 // Both sides are read before it is known whether they count: what an empty one holds is read, but never
 // used. All of a row's threads have read its lse before one of them writes it, so the result may replace
 // either side.
 template <class Input, class Output, class Row, int HEAD_SIZE, int WIDTH, int NUM_THREADS>
-__global__ void __launch_bounds__(NUM_THREADS, 6) merge_attn_states(const MergeParams p) {
+__global__ void __launch_bounds__(NUM_THREADS, 4) merge_attn_states(const MergeParams p) {
     constexpr int CHUNKS = HEAD_SIZE / WIDTH;
     constexpr int ROW_THREADS = min_of(CHUNKS, NUM_THREADS);
     constexpr int ROWS = NUM_THREADS / ROW_THREADS;

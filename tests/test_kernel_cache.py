@@ -621,21 +621,29 @@ def test_threads_that_need_a_kernel_first_compile_it_once(machine, monkeypatch):
 # ---- fork ----
 
 
-@pytest.fixture
-def used_cuda(monkeypatch):
-    """A CuPy whose CUDA is not usable in a process that was forked."""
+@pytest.fixture(params=["runtime", "driver"])
+def used_cuda(monkeypatch, request):
+    """A CuPy one of whose halves says that CUDA is not usable in a process that was forked."""
     fake, parent = stand_in(), os.getpid()
 
     class CUDARuntimeError(RuntimeError):
         status = 3
 
-    def get_device_count():
-        if os.getpid() != parent:
-            raise CUDARuntimeError("cudaErrorInitializationError: initialization error")
-        return 1
+    class CUDADriverError(RuntimeError):
+        status = 3
 
-    runtime = fake.cuda.runtime
-    runtime.getDeviceCount, runtime.CUDARuntimeError = get_device_count, CUDARuntimeError
+    errors = {"runtime": CUDARuntimeError, "driver": CUDADriverError}
+
+    def answer(half, value):
+        if half == request.param and os.getpid() != parent:
+            raise errors[half]("initialization error")
+        return value
+
+    cuda = fake.cuda
+    cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError = errors.values()
+    cuda.runtime.getDeviceCount = lambda: answer("runtime", 1)
+    cuda.driver.ctxGetCurrent = lambda: answer("driver", 0)
+    fake.error = errors[request.param]
     monkeypatch.setitem(sys.modules, "cupy", fake)
     gpu.cupy.cache_clear()
     yield fake
@@ -651,18 +659,19 @@ def test_cuda_that_was_used_before_a_fork_is_refused_in_the_child(used_cuda):
     said = in_child(gpu.cupy)
     assert said["error"].startswith("RuntimeError: CUDA was used before this process was forked")
     assert 'get_context("spawn")' in said["error"]
-    assert "cudaErrorInitializationError" in said["cause"]
+    assert "initialization error" in said["cause"]
     assert in_child(lambda: in_child(gpu.cupy) and gpu.cupy())["error"] == said["error"]
     assert gpu.cupy() is used_cuda
 
 
 def test_cuda_may_be_used_first_in_the_child(used_cuda):
     used_cuda.cuda.runtime.getDeviceCount = lambda: 1
+    used_cuda.cuda.driver.ctxGetCurrent = lambda: 0
     assert in_child(gpu.cupy) == {"error": None, "cause": None}
 
 
 def test_another_error_of_cuda_in_the_child_is_left_to_whoever_meets_it(used_cuda):
-    used_cuda.cuda.runtime.CUDARuntimeError.status = 35
+    used_cuda.error.status = 35
     assert in_child(gpu.cupy) == {"error": None, "cause": None}
 
 

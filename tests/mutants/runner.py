@@ -25,7 +25,7 @@ from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, TESTS, Mutant
 from support import device, receipt
 
-TIMEOUT = 240  # seconds; a kernel that waits for what never comes is found out, too
+TIMEOUT = 400  # seconds; a kernel that waits for what never comes is found out, too
 NO_PROGRAM = "CompileException", "NVRTCError", "SyntaxError", "OutOfMemoryError"
 
 
@@ -103,8 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         unchanged = {m.tests: workers.submit(run_tests, m.tests) for m in chosen}
         judged = [workers.submit(judge, mutant) for mutant in chosen]
         if broken := first_failure(unchanged):
+            print(broken, flush=True)
             workers.shutdown(cancel_futures=True)
-            print(broken)
             return 1
         results = [each.result() for each in judged]
     killed = sum(result.verdict is Verdict.KILLED for result in results)

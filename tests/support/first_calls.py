@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-TIMEOUT = 120  # seconds
+TIMEOUT = 300  # seconds
 ARCHITECTURE = 90
 
 
