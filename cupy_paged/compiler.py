@@ -108,7 +108,7 @@ def binary_of(kernel: Kernel, arch: int, sm: int | None) -> Binary:
     settings = (target(arch), *options(sm))
     if kernel_cache.is_in_memory():
         return _compile(source, kernel.source, names, settings)
-    parts = (source, *names, *settings, _nvrtc_build())
+    parts = (kernel_cache.FORMAT, source, *names, *settings, _nvrtc_build())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     binary = kernel_cache.find(key)
     if binary is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ def cupy() -> ModuleType:
     RuntimeError if the driver is too old for it, or CUDA was used before this process was forked.
     """
     try:
-        with kernel_cache.lets_cupy_in():
+        with _importing.lock, kernel_cache.lets_cupy_in():
             import cupy
     except ImportError as error:
         raise ImportError(f"GPU arrays need CuPy 14.2 or newer: {INSTALL_HINT}") from error
@@ -49,7 +50,20 @@ def in_forked_process(forget: Callable[[], None]) -> None:
         os.register_at_fork(after_in_child=forget)
 
 
+class _Importing:
+    """Lets one thread at a time import CuPy, with an environment that is made up for it."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+_importing = _Importing()
+
 in_forked_process(cupy.cache_clear)
+in_forked_process(_importing.renew)  # another thread of the parent may have held it
 
 
 def _refuse_old_driver(runtime: ModuleType) -> None:

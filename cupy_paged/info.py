@@ -252,16 +252,20 @@ def _describe_cache(problems: list[Problem]) -> str:
     try:
         folder = kernel_cache.folder()
     except OSError as error:
-        folder, is_usable = error, False
+        folder, is_there, is_usable = error, False, False
     else:
+        is_there = folder.is_dir()
         # An import of CuPy has made it, if that could be done.
-        is_usable = os.access(folder, os.W_OK) if folder.is_dir() else "cupy" not in sys.modules
+        is_usable = os.access(folder, os.W_OK) if is_there else "cupy" not in sys.modules
     if not is_usable:
         what = f"a kernel cache that can be written ({folder}), so each process compiles again"
+        if is_there:
+            what += " what is not in it"
         problems.append(Problem(what, "export CUPY_CACHE_DIR=FOLDER", is_fatal=False))
-        return "none"
     if kernel_cache.is_in_memory():
         return f"none: {kernel_cache.IN_MEMORY_VARIABLE} is set"
+    if not is_usable and not is_there:
+        return "none"
     sizes = [path.stat().st_size for path in folder.glob("*") if path.is_file()]
     return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 

@@ -29,6 +29,8 @@ FOLDER_VARIABLE = "CUPY_CACHE_DIR"
 IN_MEMORY_VARIABLE = "CUPY_CACHE_IN_MEMORY"
 """CuPy's own. CuPy, too, asks for it at each compilation."""
 
+FORMAT = "1"
+"""Of entries. A part of every key, so that another one meets none of these."""
 _DIGEST = hashlib.sha256
 _reports = itertools.count()
 
@@ -45,8 +47,7 @@ def folder() -> Path:
 
     Raises OSError if nobody knows: nothing is set, and the user has no home directory.
     """
-    default = os.path.expanduser("~/.cupy/kernel_cache")
-    found = os.environ.get(FOLDER_VARIABLE) or default
+    found = os.path.expanduser(os.environ.get(FOLDER_VARIABLE) or "~/.cupy/kernel_cache")
     if found.startswith("~"):
         raise OSError("the home directory is unknown")
     return Path(found)
@@ -88,7 +89,9 @@ def keep(key: str, binary: Binary) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, _digest(key, contents) + contents)
     except OSError as error:
-        _report(error)
+        # Windows replaces no file that another process has open: it may be as good.
+        if find(key) is None:
+            _report(error)
 
 
 @contextlib.contextmanager

@@ -50,12 +50,11 @@ def main() -> int:
         for line in process.stdout:
             print(line, end="", flush=True)
             if summary := SUMMARY.search(line):
-                found = int(summary[1])
-    if found is None:
-        print(f"{tool} gave no summary")
+                found = (found or 0) + int(summary[1])
+    if found is None or (process.returncode and not found):
+        print(f"{tool} says nothing about all tests: some failed, or none ran")
         return process.returncode or 1
-    log = {"sanitizer": {tool: found}, "device": device.name(), "sources": receipt.digest()}
-    print(json.dumps(log))
+    print(json.dumps({"sanitizer": {tool: found}, **receipt.stamp(device.name())}))
     return process.returncode
 
 

@@ -8,7 +8,6 @@ on the host have counted. Nothing here is typed in: `record` keeps a log in docs
 
 from __future__ import annotations
 
-import datetime
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -85,11 +84,14 @@ def _soak(run: Figures) -> str:
 
 
 def _hand_offs(run: Figures) -> str:
-    return f"{run['hand-offs']:,} in {run['ways of hand-offs']} ways"
+    return (
+        f"{run['hand-offs']:,} in {run['ways of hand-offs']} ways, of which "
+        f"{run['late hand-offs']:,} were seen to be early for work that was late"
+    )
 
 
 def _compiled(run: Figures) -> str:
-    return f"{run['compiled kernels']:,} for {run['architectures']} architectures"
+    return f"{run['compiled kernels']:,}, over {run['architectures']} architectures together"
 
 
 def _tools(run: Figures) -> str:
@@ -113,9 +115,9 @@ ROWS = (
     Row("Decode steps through `PagedKVCache` (`python tests/soak.py`)", "1,000,000, 0 failures", "soak", _soak),
     Row("Wrong calls refused by an error that names the argument", "200, all that are tried", "tests", _count("wrong calls")),
     Row("Replays of CUDA graphs with other rows, lengths and tables", "10,000", "tests", _count("graph replays")),
-    Row("Runs again that gave the same bits", "250 of a call", "tests", _count("repeated runs")),
+    Row("Runs again that gave the same bits, 250 of each call", "all", "tests", _count("repeated runs")),
     Row("Rows with the same bits alone and in other batches", "all", "tests", _count("rows in other batches")),
-    Row("Hand-offs between frameworks and streams while work is late", "1,000 of each way, 0 stale", "tests", _hand_offs),
+    Row("Hand-offs between frameworks and streams, none of which read stale data", "1,000 of each way", "tests", _hand_offs),
     Row("compute-sanitizer over a reduced grid (`python tests/sanitize.py`)", "0 findings", "sanitizer", _tools),
     Row("Operations on the block pool, checked against a model", "10,000,000, 0 violations", "tests", _count("pool operations")),
     Row("Faults of the kernel cache survived", "12 kinds, all", "tests", _count("cache faults")),
@@ -126,6 +128,9 @@ ROWS = (
 
 
 # ---- what is on record ----
+
+STAMP = {"date", "device", "sources", "tests"}
+"""What each log says beside its figures: see receipt.stamp."""
 
 
 def records() -> dict[str, Any]:
@@ -144,14 +149,9 @@ def record(logs: list[Path]) -> None:
             kind = next(kind for kind in KEEP if kind in run)
         except (IndexError, ValueError, TypeError, StopIteration):
             raise ValueError(f"{log}: does not end with a figure of {', '.join(KEEP)}") from None
-        if "sources" not in run:
+        if not run.keys() >= STAMP:
             raise ValueError(f"{log}: does not say which sources it is of, needs a new run")
-        now = datetime.datetime.now(datetime.timezone.utc)
-        stamp = {
-            "date": now.date().isoformat(),
-            "commit": commit_of(run["sources"]),
-            **{key: run[key] for key in ("sources", "device")},
-        }
+        stamp = {"commit": commit_of(run["sources"]), **{key: run[key] for key in sorted(STAMP)}}
         KEEP[kind](kept, run, stamp)
     if last := receipt.read():
         sources, known = last["sha256"], kept.get("receipt", {})
@@ -167,7 +167,8 @@ def commit_of(sources: str) -> str | None:
         return None
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
-        changed = _git("status", "--porcelain", "--", *receipt.VOUCHED_FOR)
+        counting = "cupy_paged", "kernels", "tests", f":!{receipt.RECEIPT.as_posix()}"
+        changed = _git("status", "--porcelain", "--", *counting)
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head} and changes" if changed else head
@@ -181,7 +182,9 @@ def _git(*arguments: str) -> str:
 
 def _same_run(known: Figures | None, stamp: Figures) -> bool:
     """Whether both are of the same sources on the same device, so that they may be added up."""
-    return known is not None and all(known[key] == stamp[key] for key in ("sources", "device"))
+    return known is not None and all(
+        known.get(key) == stamp[key] for key in ("sources", "tests", "device")
+    )
 
 
 def _keep_fuzz(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:

@@ -239,8 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                 totals[name] = totals.get(name, 0) + count
     seconds = round(time.perf_counter() - start, 1)
     where = "CPU" if arguments.device == "cpu" else device.name()
-    log = {"soak": totals, "failures": failures, "seconds": seconds, "device": where}
-    print(json.dumps({**log, "sources": receipt.digest()}))
+    log = {"soak": totals, "failures": failures, "seconds": seconds}
+    print(json.dumps({**log, **receipt.stamp(where)}))
     return int(bool(failures))
 
 

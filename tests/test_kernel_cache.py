@@ -6,6 +6,7 @@ tests/gpu/test_kernel_cache.py has the same on a GPU.
 
 import builtins
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -618,6 +619,31 @@ def test_threads_that_need_a_kernel_first_compile_it_once(machine, monkeypatch):
     assert len({id(loaded) for loaded in found}) == 2
 
 
+def test_threads_import_cupy_one_after_the_other(monkeypatch):
+    """The environment that an import is given is the process's."""
+    inside, most = 0, 0
+
+    @contextlib.contextmanager
+    def lets_cupy_in():
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.05)
+        yield
+        inside -= 1
+
+    monkeypatch.setitem(sys.modules, "cupy", stand_in())
+    monkeypatch.setattr(kernel_cache, "lets_cupy_in", lets_cupy_in)
+    gpu.cupy.cache_clear()
+    threads = [threading.Thread(target=gpu.cupy) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gpu.cupy.cache_clear()
+    assert most == 1
+
+
 # ---- fork ----
 
 
@@ -678,6 +704,12 @@ def test_another_error_of_cuda_in_the_child_is_left_to_whoever_meets_it(used_cud
 def test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child(used_cuda):
     with compiler._lock:
         said = in_child(lambda: compiler.load(KERNEL, 0, 0))
+    assert "before this process was forked" in said["error"]
+
+
+def test_an_import_of_another_thread_at_the_fork_does_not_hang_the_child(used_cuda):
+    with gpu._importing.lock:
+        said = in_child(gpu.cupy)
     assert "before this process was forked" in said["error"]
 
 

@@ -5,6 +5,7 @@ The sessions run in a small tree of their own, with this conftest and a stand-in
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -263,11 +264,14 @@ def test_what_tests_on_the_host_count_goes_where_it_is_asked_for(tree, workers, 
     output = tree.pytest(*workers, CUPY_PAGED_FIGURES="out/figures.json")
     assert f"figures: written to {tree.root}/out/figures.json" in output
     (line,) = (tree.root / "out/figures.json").read_text().splitlines()
-    assert json.loads(line) == {
+    said = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", said.pop("date"))
+    assert said == {
         "figures": TALLIED,
         "failed": 2,
         "device": "CPU",
         "sources": receipt.digest(tree.root),
+        "tests": receipt.digest(tree.root, ["tests"]),
     }
 
 

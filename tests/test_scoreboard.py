@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 
@@ -53,12 +54,13 @@ def desk(tmp_path, monkeypatch):
 
 
 def run_of(kind, sources=SOURCES, device="H", **changes):
-    return {**kind, "sources": sources, "device": device, **changes}
+    stamp = {"date": "2026-01-03", "sources": sources, "tests": SOURCES, "device": device}
+    return {**kind, **stamp, **changes}
 
 
 def figures(sources=SOURCES, failed=0, **sums):
     names = {name.replace("_", " "): count for name, count in sums.items()}
-    return {"figures": {"sum": names}, "failed": failed, "device": "CPU", "sources": sources}
+    return run_of({"figures": {"sum": names}, "failed": failed}, sources, "CPU")
 
 
 def test_a_figure_of_the_receipt_has_its_day_device_and_commit(desk):
@@ -113,7 +115,7 @@ def test_seeds_of_the_same_sources_add_up(desk):
     assert desk.score("operator, of the ref").found == "100 from seeds 0; 0 failures"
 
 
-@pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"device": "another"}])
+@pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
 def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
     one, two = ({fault.fault: "killed"} for fault in MUTANTS[:2])
     desk.record(run_of(FUZZ), run_of({"mutants": one}), run_of({"sanitizer": {"memcheck": 0}}))
@@ -207,10 +209,34 @@ def test_a_log_without_a_figure_is_refused(desk, text, words):
     assert scoreboard.records() == {}
 
 
-def test_the_commit_is_known_for_the_sources_of_the_tree_alone():
+def test_the_commit_is_known_for_the_sources_of_the_tree_alone(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = "-c", "user.name=x", "-c", "user.email=x"
+        command = ["git", *who, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    files = "cupy_paged/x.py", "kernels/x.cu", "tests/test_x.py", receipt.RECEIPT.as_posix()
+    for name in files:
+        write(name, "1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    monkeypatch.setattr(receipt, "ROOT", tmp_path)
+    monkeypatch.setattr(receipt, "digest", lambda: SOURCES)
+    head = git("rev-parse", "--short=10", "HEAD")
     assert scoreboard.commit_of(OTHERS) is None
-    commit = scoreboard.commit_of(receipt.digest())
-    assert commit is None or len(commit.split()[0]) >= 10
+    assert scoreboard.commit_of(SOURCES) == head
+    write(receipt.RECEIPT.as_posix(), "2")
+    assert scoreboard.commit_of(SOURCES) == head
+    for name in files[:3]:
+        write(name, "2")
+        assert scoreboard.commit_of(SOURCES) == f"{head} and changes", name
+        git("checkout", name)
 
 
 def test_the_command_prints_the_table_and_writes_the_page(desk, monkeypatch, capsys):

@@ -191,9 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         "not_run": options.cases - tally.done,
         "failures": [failure._asdict() for failure in tally.failures],
         "specialisations": min(options.cases, space.NUM_SPECIALISATIONS),
-        "device": "CPU" if options.device == "host" else device.name(),
-        "sources": receipt.digest(),
         "seconds": round(tally.seconds, 1),
+        **receipt.stamp("CPU" if options.device == "host" else device.name()),
     }
     print(json.dumps(log))
     return int(bool(tally.failures) or tally.done < options.cases)

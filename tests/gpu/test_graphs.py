@@ -179,26 +179,30 @@ def check_scenes(op, case, arrays, by=None):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_ten_thousand_replays(dtype, rng, tally):
-    """Rows come, grow and go, and scratch holds anything: the bits are those of eager calls."""
+    """Rows come, grow, move and go, and scratch holds anything: the bits are an eager call's."""
     replays, num_scenes, arrays = 10_000, 32, ALL[0]
     problem = build(Case(dtype, seq_lens=(2100, *LENGTHS)))
     full = problem.seq_lens
     out, *scratch = (arrays.array(made) for made in ops.paged_attention_v2(problem, arrays))
     tail, keywords = ops.positional(problem, arrays)
-    seq_lens = tail[ops.POSITIONAL.index("seq_lens")]
+    seq_lens, block_tables = (
+        tail[ops.POSITIONAL.index(name)] for name in ("seq_lens", "block_tables")
+    )
 
     def call(stream):
         cupy_paged.paged_attention_v2(out, *scratch, *tail, **keywords, stream=stream)
 
-    eager, lengths = [], []
+    eager, lengths, tables = [], [], []
     for share in np.linspace(0, 1, num_scenes):
+        order = rng.permutation(len(full))
         live = rng.random(len(full)) < share
-        scene = replace(problem, seq_lens=np.where(live, rng.integers(0, full + 1), 0))
-        scene = replace(scene, seq_lens=scene.seq_lens.astype(np.int32))
+        lens = np.where(live, rng.integers(0, full[order] + 1), 0).astype(np.int32)
+        scene = replace(problem, seq_lens=lens, block_tables=problem.block_tables[order].copy())
         found, *_ = ops.paged_attention_v2(scene, arrays)
         compare.close(found, scene.expected[0], dtype)
         eager.append(found)
         lengths.append(scene.seq_lens)
+        tables.append(scene.block_tables)
 
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
@@ -210,11 +214,11 @@ def test_ten_thousand_replays(dtype, rng, tally):
     unsigned = np.dtype(f"u{out.dtype.itemsize}")
     bits = out.view(unsigned)
     with stream:
-        lengths = cupy.asarray(np.stack(lengths))
+        lengths, tables = cupy.asarray(np.stack(lengths)), cupy.asarray(np.stack(tables))
         eager = cupy.asarray(np.stack(eager).view(unsigned))
         wrong = cupy.zeros(replays, bool)
         for replay, scene in enumerate(rng.integers(0, num_scenes, replays).tolist()):
-            seq_lens[...] = lengths[scene]
+            seq_lens[...], block_tables[...] = lengths[scene], tables[scene]
             bits.fill(np.iinfo(unsigned).max)
             for array in scratch:
                 array.fill((np.nan, np.inf, -np.inf, 3e38, 0.0)[replay % 5])

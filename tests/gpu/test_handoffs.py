@@ -133,6 +133,7 @@ def check_hand_offs(task, giver, taker, tally):
         check_numbers(found())
     assert late >= ROUNDS // 10, f"only {late} of {ROUNDS} inputs were late: nothing is shown"
     tally("hand-offs", ROUNDS)
+    tally("late hand-offs", late)
     tally("ways of hand-offs", 1)
 
 
@@ -182,6 +183,7 @@ def test_memory_may_be_reused_right_after_the_call(owner, leader, tally):
     assert late >= ROUNDS // 10, f"only {late} of {ROUNDS} ops were late: nothing is shown"
     assert len(places) < ROUNDS, "no memory was used twice: nothing is shown"
     tally("hand-offs", ROUNDS)
+    tally("late hand-offs", late)
     tally("ways of hand-offs", 1)
 
 

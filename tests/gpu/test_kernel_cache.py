@@ -76,16 +76,18 @@ def plan_all(processes, filled):
     processes.plan("after fork", "ops_after_fork", cache=filled)
     for name in FRAMEWORKS:
         processes.plan(f"before fork, {name}", "ops_before_fork", name, cache=filled)
-    cold = processes.folder("cold start")
+    cold, present = processes.folder("cold start"), processes.folder("those who came")
     for name in COLD_STARTS:
-        processes.plan(name, "ops", cache=cold)
+        processes.plan(name, "ops_together", str(present), str(len(COLD_STARTS)), cache=cold)
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     filled = tmp_path_factory.mktemp("filled")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
+    # Those that start together wait for each other, and need a place each.
+    places = max(os.cpu_count() or 1, len(COLD_STARTS))
+    with concurrent.futures.ThreadPoolExecutor(places) as workers:
         processes = Processes(folder, workers)
         processes.plan("first", "ops", cache=filled)
         said = processes.result("first")

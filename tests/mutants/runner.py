@@ -25,14 +25,15 @@ from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, TESTS, Mutant
 from support import device, receipt
 
-TIMEOUT = 400  # seconds; a kernel that waits for what never comes is found out, too
-NO_PROGRAM = "CompileException", "NVRTCError", "SyntaxError", "OutOfMemoryError"
+TIMEOUT = 400  # seconds
+NO_PROGRAM = "cannot compile", "NVRTCError", "SyntaxError", "OutOfMemoryError"
 
 
 class Verdict(enum.Enum):
     KILLED = "killed"
     SURVIVED = "SURVIVED"
     INVALID = "INVALID"  # no fault of a program, but no program
+    UNKNOWN = "UNKNOWN"  # a kernel that never ends, or a machine that is too busy
 
 
 class Result(NamedTuple):
@@ -53,7 +54,7 @@ def run_tests(tests: str, mutant: Mutant | None = None) -> Result:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
         )
     except subprocess.TimeoutExpired:
-        return Result(Verdict.KILLED, f"still running after {TIMEOUT} s")
+        return Result(Verdict.UNKNOWN, f"still running after {TIMEOUT} s")
     if done.returncode == 0:
         return Result(Verdict.SURVIVED, done.stdout.strip()[-300:])
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -113,6 +114,5 @@ def main(arguments: list[str] | None = None) -> int:
     killed = sum(result.verdict is Verdict.KILLED for result in results)
     print(f"{killed} of {len(chosen)} mutants killed")
     verdicts = {m.fault: r.verdict.value for m, r in zip(chosen, results, strict=True)}
-    log = {"mutants": verdicts, "device": device.name(), "sources": receipt.digest()}
-    print(json.dumps(log))
+    print(json.dumps({"mutants": verdicts, **receipt.stamp(device.name())}))
     return int(killed < len(chosen))

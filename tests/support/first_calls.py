@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-TIMEOUT = 300  # seconds
+TIMEOUT, CHILD_TIMEOUT = 300, 60  # seconds
 ARCHITECTURE = 90
 
 
@@ -203,6 +204,17 @@ def ops():
     return {"right": calls(CuPyArrays)}
 
 
+def ops_together(folder, number):
+    """Waits, with CUDA at work, until so many processes have come to the same place."""
+    CuPyArrays.array(HostArrays.empty(1, "float16"))
+    (Path(folder) / str(os.getpid())).touch()
+    end = time.monotonic() + TIMEOUT / 2
+    while len(os.listdir(folder)) < int(number):
+        assert time.monotonic() < end, f"{len(os.listdir(folder))} of {number} came"
+        time.sleep(0.001)
+    return ops()
+
+
 def ops_on_a_full_disk():
     """A disk that takes no more than 100 bytes of a file, once CUDA is at work."""
     import resource
@@ -264,7 +276,7 @@ def in_child(function):
             said = pipe.read()
         os.waitpid(child, 0)
         return json.loads(said) if said else "nothing"
-    signal.alarm(TIMEOUT // 2)  # a child that hangs would keep whoever waits for its parent
+    signal.alarm(CHILD_TIMEOUT)  # a child that hangs would keep whoever waits for its parent
     with contextlib.suppress(BaseException), open(write, "w") as pipe:
         json.dump(function(), pipe)
     os._exit(0)  # what the parent has open is not the child's to close

@@ -29,10 +29,13 @@ EXPECTED_SKIPS: dict[str, str] = {}
 OUTCOMES = ("passed", "failed", "skipped")
 
 
-def vouched_files(root: Path = ROOT) -> list[Path]:
-    """The files that the receipt vouches for, relative to `root`, in a fixed order."""
+def vouched_files(root: Path = ROOT, names: Iterable[str] = VOUCHED_FOR) -> list[Path]:
+    """The sources that are, or are in, what the receipt vouches for, in a fixed order.
+
+    Their paths are relative to `root`.
+    """
     found = []
-    for name in VOUCHED_FOR:
+    for name in names:
         top = root / name
         found += [top] if top.is_file() else top.rglob("*")
     return sorted(
@@ -41,15 +44,26 @@ def vouched_files(root: Path = ROOT) -> list[Path]:
     )
 
 
-def digest(root: Path = ROOT) -> str:
+def digest(root: Path = ROOT, names: Iterable[str] = VOUCHED_FOR) -> str:
     """One SHA-256 over the names and contents of `vouched_files`."""
     sha = hashlib.sha256()
-    for path in vouched_files(root):
+    for path in vouched_files(root, names):
         content = (root / path).read_bytes()
         # The length keeps the end of one file from passing for the start of the next.
         sha.update(f"{path.as_posix()}\0{len(content)}\0".encode())
         sha.update(content)
     return sha.hexdigest()
+
+
+def stamp(device: str) -> dict[str, str]:
+    """What a log says beside its figures: when, on what and of which sources it was measured."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
+        "date": now.date().isoformat(),
+        "device": device,
+        "sources": digest(),
+        "tests": digest(names=["tests"]),
+    }
 
 
 def missing_test_files(collected: Iterable[Path], root: Path = ROOT) -> list[str]:

@@ -80,7 +80,7 @@ class HostFigures:
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
-        self._sources = receipt.digest()
+        self._stamp = receipt.stamp("CPU")
         self._figures = Figures()
         self._result = "not written: the run was stopped"
 
@@ -91,14 +91,14 @@ class HostFigures:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return
-        if receipt.digest() != self._sources:
+        now = receipt.stamp("CPU")
+        if any(now[name] != self._stamp[name] for name in ("sources", "tests")):
             self._result = "not written: the sources changed during the run"
             return
         written = {
             "figures": self._figures.totals(),
             "failed": len(self._figures.failed),
-            "device": "CPU",
-            "sources": self._sources,
+            **self._stamp,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(written) + "\n")
