@@ -154,15 +154,15 @@ def _reader(kind: type) -> Callable[[Any, str, int | None], Array] | None:
 
 
 # What arguments of these names take; the others are of floats.
-_INTEGERS = {
+_ONE_DTYPE = {
     "block_tables": "int32", "seq_lens": "int32", "cu_seq_lens": "int32", "seq_starts": "int32",
-    "slot_mapping": "int64", "block_mapping": "int64",
+    "slot_mapping": "int64", "block_mapping": "int64", "alibi_slopes": "float32",
 }  # fmt: skip
 
 
 def _checked_dtype(dtype: str, name: str) -> str:
     if dtype not in STORAGE:
-        needs = _INTEGERS.get(name, f"{', '.join(FLOATS)}, or fp8 where the argument allows it")
+        needs = _ONE_DTYPE.get(name, f"{', '.join(FLOATS)}, or fp8 where the argument allows it")
         raise TypeError(f"{name}: dtype {dtype} is not supported, needs {needs}")
     return dtype
 

@@ -9,7 +9,7 @@ import numpy as np
 from cupy_paged import checks, gpu
 from cupy_paged.arrays import Array, array, is_array, location
 from cupy_paged.cache_memory import storage_dtype
-from cupy_paged.dtypes import FLOATS, FP8
+from cupy_paged.dtypes import FLOATS, FP8, name_of
 from cupy_paged.results import empty
 from cupy_paged.streams import launch_stream
 
@@ -40,7 +40,7 @@ def leader_of(like: Any, framework: str | None, device: Any) -> Array:
     return leader._replace(name="the cache", owner=stand_in.owner, bits=stand_in.bits)
 
 
-def dtype_of(dtype: str | None, leader: Array, framework: str | None) -> str:
+def dtype_of(dtype: Any, leader: Array, framework: str | None) -> str:
     """The dtype of a cache: `dtype`, or else the leader's, unless a framework alone was named.
 
     Raises ValueError for what no cache can hold.
@@ -49,6 +49,7 @@ def dtype_of(dtype: str | None, leader: Array, framework: str | None) -> str:
         if framework is not None or leader.dtype not in FLOATS:
             raise ValueError(f"dtype: needs one of {', '.join([*FLOATS, *FP8])}")
         return leader.dtype
+    dtype = name_of(dtype)
     storage_dtype(dtype)
     return dtype
 

@@ -13,7 +13,7 @@ Sources: IEEE 754-2019; OCP 8-bit Floating Point Specification 1.0; PTX ISA, `cv
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -50,6 +50,13 @@ _FORMATS = {
     "float8_e4m3fn": _Format(3, -6, 0x7E, 0x7F),
     "float8_e5m2": _Format(2, -14, 0x7B, 0x7F),
 }
+
+
+def name_of(dtype: Any) -> Any:
+    """The name of a dtype of NumPy, CuPy or torch, or of a type of NumPy's; else what it was."""
+    if isinstance(dtype, (np.dtype, type)):
+        return np.dtype(dtype).name
+    return str(dtype).removeprefix("torch.") if type(dtype).__module__ == "torch" else dtype
 
 
 def itemsize(dtype: str) -> int:

@@ -251,10 +251,10 @@ def _describe_headers(problems: list[Problem]) -> str:
 def _describe_cache(problems: list[Problem]) -> str:
     try:
         folder = kernel_cache.folder()
+        is_there = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
     except OSError as error:
         folder, is_there, is_usable = error, False, False
     else:
-        is_there = folder.is_dir()
         # An import of CuPy has made it, if that could be done.
         is_usable = os.access(folder, os.W_OK) if is_there else "cupy" not in sys.modules
     if not is_usable:

@@ -38,8 +38,8 @@ class PagedKVCache:
 
     num_layers       layers of the model; block 7 is block 7 in each of them
     num_blocks       blocks of `block_size` tokens; `python -m cupy_paged size` says how many fit
-    dtype            "float16", "bfloat16", "float32", or "fp8" = "fp8_e4m3", "fp8_e5m2", in uint8
-                     arrays; that of `like` if None
+    dtype            "float16", "bfloat16", "float32", or NumPy's or torch's dtype of that name, or
+                     "fp8" = "fp8_e4m3", "fp8_e5m2", in uint8 arrays; that of `like` if None
     layout           "vllm", "HND" or "NHD" (see cupy_paged.layouts)
     like             an array: the cache is in its framework and on its device
     framework        "numpy", "cupy" or "torch", on `device`, where `like` is not given
@@ -71,7 +71,7 @@ class PagedKVCache:
         num_kv_heads: int,
         head_size: int,
         block_size: int = 16,
-        dtype: str | None = None,
+        dtype: Any = None,
         layout: str = "HND",
         like: Any = None,
         framework: str | None = None,

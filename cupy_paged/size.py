@@ -114,6 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error)
         return 1
+    if size.num_blocks == 0:
+        block = num_bytes(size.block_bytes)
+        print(
+            f"memory: got {num_bytes(memory)}, and a block takes {block}; --memory 40GiB has a unit"
+        )
+        return 1
     print(report(size, arguments.max_len, where))
     return 0
 

@@ -204,6 +204,18 @@ def test_the_kernel_cache_is_described(tmp_path, monkeypatch, folder, mode, foun
     assert [problem.is_fatal for problem in problems] == [False] * (folder == "file")
 
 
+def test_a_folder_that_nobody_may_look_into_is_no_cache(monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(info.Path, "is_dir", refuse)
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    problems = []
+    assert info._describe_cache(problems) == "none"
+    (problem,) = problems
+    assert "Permission denied" in problem.what and not problem.is_fatal
+
+
 def test_no_command_prints_help(capsys):
     assert __main__.main([]) == 0
     assert "info" in capsys.readouterr().out

@@ -187,6 +187,14 @@ def test_framework_and_dtype_are_those_of_like():
     assert new(dtype="fp8", head_size=16, layout="vllm").key_caches[0].dtype == np.uint8
 
 
+def test_a_dtype_may_be_one_of_numpy_or_torch():
+    torch = pytest.importorskip("torch")
+    for dtype in np.dtype("float16"), np.float16, torch.float16:
+        assert new(dtype=dtype).dtype == "float16"
+    with pytest.raises(ValueError, match=r"^dtype: got 'int8', needs one of float16"):
+        new(dtype=torch.int8)
+
+
 def test_jax_cannot_hold_a_cache_but_use_one():
     jax = pytest.importorskip("jax")
     with pytest.raises(TypeError, match="immutable and cannot hold a cache"):

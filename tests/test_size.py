@@ -66,6 +66,11 @@ def test_wrong_memory(words, capsys):
     assert "needs a number and a unit" in capsys.readouterr().err
 
 
+def test_memory_of_less_than_a_block(capsys):
+    assert __main__.main([*SHAPE, "--memory", "40"]) == 1
+    assert "memory: got 40 B, and a block takes 2.0 MiB" in capsys.readouterr().out
+
+
 def test_wrong_shape(capsys):
     with pytest.raises(SystemExit):
         __main__.main(["size", "--layers", "0", "--kv-heads", "8", "--head-size", "128"])

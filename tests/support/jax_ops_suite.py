@@ -477,7 +477,7 @@ class JaxOpsSuite:
         assert str(found.value) == str(expected.value)
 
     @pytest.mark.parametrize("wrong", [None, [1.0], object()], ids=lambda x: type(x).__name__)
-    def test_what_is_no_array_is_named(self, wrong):
+    def test_what_is_no_array_is_named(self, arrays, wrong):
         given = {**bad_calls.attention_arguments(), "key_cache": wrong}
         del given["out"]
         with pytest.raises(TypeError, match=r"^key_cache.*needs an array"):
