@@ -45,7 +45,8 @@ def _fuzz(run: Figures) -> str:
     seeds = sorted(map(int, run["seeds"]))
     cases = sum(seed["cases"] for seed in run["seeds"].values())
     failures = sum(len(seed["failures"]) for seed in run["seeds"].values())
-    return f"{cases:,} from seeds {', '.join(map(str, seeds))}; {failures} failures"
+    words = "seed" if len(seeds) == 1 else "seeds"
+    return f"{cases:,} from {words} {', '.join(map(str, seeds))}; {failures} failures"
 
 
 def _accuracy(run: Figures) -> str:
@@ -77,7 +78,8 @@ def _largest(run: Figures) -> str:
 def _soak(run: Figures) -> str:
     counts = run["soak"]
     return (
-        f"{counts.get('steps', 0):,} steps, {counts.get('compared', 0):,} rows compared, "
+        f"{counts.get('steps', 0):,} steps of {counts.get('tokens', 0):,} tokens, "
+        f"{counts.get('compared', 0):,} rows compared, "
         f"{counts.get('grown_bytes', 0) / 2**20:.1f} MiB grown in all processes together, "
         f"{len(run['failures'])} failures"
     )

@@ -38,6 +38,11 @@ WARM_UP = 0.2  # of the steps, after which memory is to stay
 SLACK = 16 << 20  # bytes by which either may grow nevertheless: allocators keep pieces of all sizes
 
 
+def split(states: Any) -> tuple[Any, Any, Any]:
+    """Keys, values and queries of tokens."""
+    return states[:, :KV_HEADS], states[:, KV_HEADS : 2 * KV_HEADS], states[:, 2 * KV_HEADS :]
+
+
 class Worker:
     def __init__(self, seed: int, on_gpu: bool) -> None:
         if on_gpu:
@@ -48,12 +53,10 @@ class Worker:
             self.xp = np
         self.on_gpu = on_gpu
         self.rng = np.random.default_rng(seed)
-        shapes = (KV_HEADS, HEAD_SIZE), (KV_HEADS, HEAD_SIZE), (KV_HEADS * GROUP, HEAD_SIZE)
-        tables = [
-            self.rng.standard_normal((VOCABULARY, *shape)).astype(np.float16) for shape in shapes
-        ]
-        self.host_keys, self.host_values, self.host_queries = tables
-        self.keys, self.values, self.queries = map(self.xp.asarray, tables)
+        # Of each token its key, value and query: one look-up finds them all.
+        shape = VOCABULARY, 2 * KV_HEADS + KV_HEADS * GROUP, HEAD_SIZE
+        self.host_states = self.rng.standard_normal(shape).astype(np.float16)
+        self.states = self.xp.asarray(self.host_states)
         self.prefixes = self.rng.integers(0, VOCABULARY, (NUM_PREFIXES, PREFIX)).tolist()
         self.layout = LAYOUTS[seed % len(LAYOUTS)]
         self.cache = self.new_cache(NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS, poison=True)
@@ -66,7 +69,7 @@ class Worker:
     def new_cache(self, num_blocks: int, **options: Any) -> cupy_paged.PagedKVCache:
         return cupy_paged.PagedKVCache(
             1, num_blocks, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, block_size=BLOCK_SIZE,
-            layout=self.layout, like=self.keys, **options,
+            layout=self.layout, like=self.states, **options,
         )  # fmt: skip
 
     # ---- what happens between steps ----
@@ -130,10 +133,11 @@ class Worker:
 
     def attend(self, cache: cupy_paged.PagedKVCache, sequences: list[Any]) -> Any:
         batch = cache.batch(sequences)
-        ids = batch.token_ids
-        cache.write(0, self.keys[ids], self.values[ids], batch)
-        last = self.xp.asarray([sequence.tokens[-1] for sequence in sequences])
-        return cache.attend(0, self.queries[last], batch)
+        keys, values, queries = split(self.states[batch.token_ids])
+        cache.write(0, keys, values, batch)
+        if len(queries) > len(sequences):  # a prompt is among them
+            queries = queries[self.xp.asarray(batch.last_tokens)]
+        return cache.attend(0, queries, batch)
 
     def step(self) -> tuple[list[Any], Any]:
         """The sequences of a decode step, at least one, and what it gives."""
@@ -158,11 +162,9 @@ class Worker:
         self.alone.free(twin)
         if got.tobytes() != again.tobytes():
             raise AssertionError(f"a sequence of {len(tokens)} tokens has other bits alone")
-        keys, values = (
-            table[tokens].astype(np.float64).repeat(GROUP, axis=1)
-            for table in (self.host_keys, self.host_values)
-        )
-        query = self.host_queries[tokens[-1]].astype(np.float64)
+        keys, values, queries = split(self.host_states[tokens].astype(np.float64))
+        keys, values = keys.repeat(GROUP, axis=1), values.repeat(GROUP, axis=1)
+        query = queries[-1]
         scores = np.einsum("hd,thd->ht", query, keys) * HEAD_SIZE**-0.5
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         want = np.einsum("ht,thd->hd", weights / weights.sum(axis=1, keepdims=True), values)

@@ -13,7 +13,10 @@ from support import receipt
 
 SOURCES, OTHERS = "5" * 64, "0" * 64
 FUZZ = {"fuzz": "gpu", "seed": 0, "cases": 100, "not_run": 0, "failures": [], "device": "H"}
-SOAK = {"soak": {"steps": 5000, "compared": 51, "grown_bytes": 1 << 20}, "failures": []}
+SOAK = {
+    "soak": {"steps": 5000, "tokens": 70000, "compared": 51, "grown_bytes": 1 << 20},
+    "failures": [],
+}
 
 
 def of_receipt(**changes):
@@ -99,7 +102,7 @@ def test_a_run_of_other_sources_says_so(desk):
     desk.record(run_of(SOAK, OTHERS))
     score = desk.score("Decode steps")
     assert score.commit == "measured at decaf"
-    assert score.found.startswith("5,000 steps, 51 rows compared, 1.0 MiB grown")
+    assert score.found.startswith("5,000 steps of 70,000 tokens, 51 rows compared, 1.0 MiB grown")
     desk.record(run_of(SOAK))
     assert desk.score("Decode steps").commit == "c0ffee"
 
@@ -112,7 +115,7 @@ def test_seeds_of_the_same_sources_add_up(desk):
     assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failures"
     desk.record(run_of(FUZZ, fuzz="host", device="CPU"))
     assert desk.score("operator, on a GPU").found.startswith("199")
-    assert desk.score("operator, of the ref").found == "100 from seeds 0; 0 failures"
+    assert desk.score("operator, of the ref").found == "100 from seed 0; 0 failures"
 
 
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
@@ -124,7 +127,7 @@ def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
         run_of({"mutants": two}, **changes),
         run_of({"sanitizer": {"racecheck": 0}}, **changes),
     )
-    assert desk.score("operator, on a GPU").found == "100 from seeds 1; 0 failures"
+    assert desk.score("operator, on a GPU").found == "100 from seed 1; 0 failures"
     assert desk.score("on purpose").found.startswith(f"1 of {len(MUTANTS)}, ")
     assert desk.score("sanitizer").found == "racecheck: 0"
 
