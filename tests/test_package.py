@@ -23,10 +23,12 @@ assert np.allclose(out, 1)
 
 
 def python(code: str, cwd: Path = ROOT, **variables: str) -> str:
+    # What is on the path of this process is not to be found by an installed package.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
-        env={**os.environ, **variables},
+        env={**environment, **variables},
         capture_output=True,
         text=True,
     )
