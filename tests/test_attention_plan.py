@@ -111,6 +111,26 @@ def test_the_kernel_is_told_where_everything_is(launched, layout, sparse):
         assert fields["tp_rank"] == sparse.tp_rank
 
 
+@pytest.mark.parametrize("name", ["query", "key_cache", "value_cache", "out"])
+def test_strides_past_two_to_the_32_elements_reach_the_kernel_whole(launched, name):
+    """Of views that nobody reads here: no memory is so large."""
+    far = 2**33 + 64
+    given = ops.arguments(build(Case(seq_lens=(40, 17))), NUMPY)
+    given["out"] = np.zeros((2, 4, 64), np.float16)
+    near = given[name]
+    given[name] = np.lib.stride_tricks.as_strided(
+        near, near.shape, (far * near.itemsize, *near.strides[1:])
+    )
+    fields, _ = launched(**given)
+    told = {
+        "query": "query_stride_seq",
+        "key_cache": "key_strides.block",
+        "value_cache": "value_strides.block",
+        "out": "out_stride_seq",
+    }
+    assert fields[told[name]] == far
+
+
 def test_scratch_has_room_for_every_partition_of_every_head(launched):
     problem = build(Case(seq_lens=(40, 17)))
     given = ops.arguments(problem, NUMPY, block_tables=np.zeros((2, 100), np.int32))

@@ -218,6 +218,18 @@ def test_params_have_the_layout_that_python_packs(filename: str, params: ParamSt
     nvrtc.compile("\n".join([flatten(filename), *asserts]), [], 80, options())
 
 
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_kernels_are_told_distances_in_64_bits(params: ParamStruct):
+    """With fewer, the product of a block's number and a stride would be of fewer, too."""
+    distances = {
+        name: kind
+        for name, kind in params.fields.items()
+        if ("stride" in name or name == "block_bytes") and not name.startswith("sparse_")
+    }
+    assert distances or params is cache_ops.CONVERT_PARAMS  # which are of one packed array
+    assert set(distances.values()) <= {"int64"}, distances
+
+
 @pytest.mark.parametrize("sm", [sm for sm in ARCHITECTURES if sm >= 80], ids="sm_{}".format)
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])

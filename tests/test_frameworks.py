@@ -69,6 +69,17 @@ def test_out_known_by_dlpack_alone_is_written():
     compare.close(out, problem.expected[0], "float16")
 
 
+def test_an_array_known_by_dlpack_alone_is_as_large_as_its_shape_says():
+    problem = build(Case(seq_lens=(40, 17)))
+    out = np.full(problem.query.shape, 7, np.float16)
+    lens = out.reshape(-1)[-4:].view(np.int32)  # far past the sum of the dimensions
+    before = out.copy()
+    given = {**ops.arguments(problem, NUMPY), "seq_lens": OnlyDLPack(lens)}
+    with pytest.raises(ValueError, match=r"^out: shares memory with seq_lens"):
+        cupy_paged.paged_attention(**given, out=OnlyDLPack(out))
+    compare.bitwise(out, before)
+
+
 class UnversionedDLPack(OnlyDLPack):
     """One whose producer is older than the protocol's version 1."""
 

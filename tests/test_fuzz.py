@@ -84,6 +84,22 @@ def test_workers_share_all_cases(capsys):
     assert (log["seed"], log["device"]) == (0, "CPU")
 
 
+def test_cases_behind_a_lost_device_are_not_judged(monkeypatch):
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    causes = {2: ValueError("wrong"), 4: CUDARuntimeError("an illegal memory access")}
+
+    def run_case(seed, case, on):
+        if case in causes:
+            raise runner.CaseError(f"case {case}", causes[case])
+
+    monkeypatch.setattr(runner, "run_case", run_case)
+    found = list(runner.run_cases(0, range(10), "host"))
+    assert [failure and failure.case for failure in found] == [None, None, 2, None, 4]
+    assert "illegal memory access" in found[-1].error
+
+
 def test_a_worker_that_dies_is_no_success(monkeypatch, capsys):
     monkeypatch.setattr(runner.sys, "executable", "false")
     assert runner.main(["--cases", "4", "--device", "host", "--workers", "2"]) == 1

@@ -589,6 +589,29 @@ def test_dynamic_shared_memory_is_asked_for(machine, monkeypatch):
     assert asked == [(loaded.function.ptr, "most", 200_000)]
 
 
+def test_every_device_is_asked_for_shared_memory_of_its_own(machine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        machine.cuda.driver,
+        "funcSetAttribute",
+        lambda function, *_: asked.append((machine.device, function)),
+    )
+    large = KERNEL._replace(shared_bytes=200_000)
+    first, second, again = (compiler.load(large, device, 0) for device in (0, 1, 0))
+    assert asked == [(0, first.function.ptr), (1, second.function.ptr)]
+    assert first is again and first.function.ptr != second.function.ptr
+
+
+def test_a_capture_that_is_the_first_to_need_a_kernel_is_left_as_it_is(machine, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compiler, "binary_of", lambda *asked: compiled.append(asked))
+    machine.capturing.add(7)
+    with pytest.raises(RuntimeError, match="call the op once with the same shapes and dtypes"):
+        compiler.load(KERNEL, 0, 7)
+    assert machine.take() == compiled == []
+    assert not compiler.is_loaded(KERNEL, 0)
+
+
 def test_each_device_loads_a_kernel_for_itself_once(machine):
     loaded = [compiler.load(KERNEL, device, 0) for device in (0, 1, 0, 1)]
     assert loaded[:2] == loaded[2:]

@@ -5,9 +5,11 @@ CuPy and torch are stand-ins here, and arrays of theirs are host memory that say
 
 import contextlib
 import ctypes
+import gc
 import struct
 import sys
 import threading
+import tracemalloc
 import weakref
 from collections import deque
 from types import SimpleNamespace
@@ -436,13 +438,47 @@ def test_devices_and_streams_are_told_apart(machine, kind):
 
 
 @pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
-@pytest.mark.parametrize("name", [n for n, x in v1_arguments().items() if hasattr(x, "shape")])
-def test_an_array_on_another_device_is_refused(machine, kind, name):
-    good = v1_arguments()
-    machine.run("paged_attention_v1", kind, good)
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [(op, name) for op, good in GOOD.items() for name, x in good().items() if hasattr(x, "shape")],
+)
+def test_an_array_on_another_device_is_refused(machine, kind, operator, name):
+    good = GOOD[operator]()
     changed = {**good, name: kind(good[name], device=1)}
-    error, message = machine.run("paged_attention_v1", kind, changed)
-    assert error is ValueError and "is on cuda:1" in message
+    first = machine.run(operator, kind, changed)
+    assert machine.run(operator, kind, good)[1], "the others are right"
+    error, message = machine.run(operator, kind, changed)
+    assert error is ValueError and "cuda:1" in message
+    assert (error, message) == first
+
+
+def test_shared_memory_does_not_grow_with_the_context(machine):
+    asked = set()
+    for num_columns in 1, 100, 2**16 + 1:  # of 16 tokens: a million and more
+        given = wide(block_tables=np.zeros((2, num_columns), np.int32))
+        calls, *_ = machine.run("paged_attention", fake_cupy.ndarray, given)
+        asked |= {call[-2] for call in calls if call[1] == "launchKernel"}
+    (num_bytes,) = asked
+    assert 0 < num_bytes <= gpu.device_limits(0).shared_bytes
+
+
+def test_calls_leave_nothing_behind(machine):
+    given, calls = wide(), 3000
+
+    def memory_after(calls):
+        for _ in range(calls):
+            machine.run("paged_attention", fake_cupy.ndarray, given)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = memory_after(1000)  # which fill the interpreter's own lists
+        grown = memory_after(calls) - before
+    finally:
+        tracemalloc.stop()
+    assert machine.checked == 1
+    assert grown < 16 * calls, "an object for each call: the smallest has 28 bytes"
 
 
 @pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)

@@ -1,5 +1,6 @@
 """The tests' own tools: the oracle against plain softmax, and inputs that bite."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,31 @@ def test_a_dropped_or_shifted_needle_shows(head_size, group):
             shifted, *_ = oracle.softmax_sum(logits, np.roll(value, 1, axis=0))
             for wrong in (dropped, shifted):
                 assert np.linalg.norm(wrong - out[seq, head]) > 0.5 * size
+
+
+WRONG_KERNELS = {
+    "right": lambda logits, value, scale: oracle.softmax_sum(logits, value)[0],
+    "queries and keys are not read": lambda logits, value, scale: value.mean(axis=0),
+    "the scale is left out": lambda logits, value, scale: oracle.softmax_sum(logits / scale, value)[
+        0
+    ],
+    "a page of values is the next one": lambda logits, value, scale: oracle.softmax_sum(
+        logits, np.concatenate([value[16:32], value[16:]])
+    )[0],
+    "only zeros are written": lambda logits, value, scale: 0 * value[0],
+}
+
+
+@pytest.mark.parametrize("length", [32, 512, 4096, 57_600])
+@pytest.mark.parametrize("fault", WRONG_KERNELS)
+def test_a_wrong_kernel_is_seen_at_every_length(fault, length):
+    problem = build(Case(num_kv_heads=1, group=1, block_size=16, seq_lens=(length,)))
+    row = problem.query[0], problem.key_cache, problem.value_cache, problem.block_tables[0]
+    ((_, logits, value, _),) = oracle.heads_of(*row, length, **problem.rules)
+    found = WRONG_KERNELS[fault](logits, value, problem.scale).astype(np.float16)
+    seen = pytest.raises(AssertionError, match="relative error")
+    with contextlib.nullcontext() if fault == "right" else seen:
+        compare.close(found[None, None], problem.expected[0], "float16")
 
 
 def test_stretched_logits_reach_their_size():
