@@ -452,6 +452,49 @@ def test_an_array_on_another_device_is_refused(machine, kind, operator, name):
     assert (error, message) == first
 
 
+ALWAYS_CHECKED = [
+    (operator, name)
+    for operator in (
+        "paged_attention_v2",
+        "copy_blocks",
+        "gather_cache",
+        "convert_layout",
+        "concat_and_cache_mla",
+    )
+    for name, x in bad_calls.GOOD[operator]().items()
+    if isinstance(x, np.ndarray | list)
+]
+
+
+@pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
+@pytest.mark.parametrize(("operator", "name"), ALWAYS_CHECKED)
+def test_an_op_that_is_checked_each_time_refuses_arrays_of_two_devices(
+    machine, kind, operator, name
+):
+    def put(x, device):
+        if isinstance(x, list):
+            return [kind(first, 0) if i else kind(first, device) for i, first in enumerate(x)]
+        return kind(x, device) if isinstance(x, np.ndarray) else x
+
+    given = bad_calls.GOOD[operator]()
+    with pytest.raises(ValueError, match="is on cuda:"):
+        getattr(cupy_paged, operator)(**{n: put(x, int(n == name)) for n, x in given.items()})
+    assert not machine.packed
+    getattr(cupy_paged, operator)(**{n: put(x, 0) for n, x in given.items()})
+    assert machine.packed, "the others are right"
+
+
+@pytest.mark.parametrize("kind", FRAMEWORKS.values(), ids=FRAMEWORKS)
+@pytest.mark.parametrize("device", [0, 1])
+def test_blocks_are_not_swapped_between_two_devices(machine, kind, device):
+    given = bad_calls.swap_arguments()
+    given["source"] = kind(given["source"], device)
+    given["destination"] = kind(given["destination"], 1 - device)
+    message = f"^destination: is on cuda:{1 - device}, but source is on cuda:{device}"
+    with pytest.raises(ValueError, match=message):
+        cupy_paged.swap_blocks(**given)
+
+
 def test_shared_memory_does_not_grow_with_the_context(machine):
     asked = set()
     for num_columns in 1, 100, 2**16 + 1:  # of 16 tokens: a million and more
