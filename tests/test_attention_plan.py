@@ -44,6 +44,7 @@ def test_alignment_is_that_of_every_row():
         (wide.reshape(4, -1)[:, :322].reshape(4, 7, 46), range(2), 46, 4),
         (wide.reshape(-1)[: 4 * 357].reshape(4, 357)[:, :320].reshape(4, 5, 64), range(2), 64, 2),
         (wide.reshape(-1)[: 4 * 357].reshape(4, 357)[:1, :320].reshape(1, 5, 64), range(2), 64, 16),
+        (np.lib.stride_tricks.as_strided(wide, (1, 5, 64), (2, 144, 2)), range(2), 64, 16),
     ):
         assert array(view, "view").alignment(dims, row) == expected
 
