@@ -319,8 +319,8 @@ COMPILATION = (
     Hazard(
         "NVRTC is newer than the driver, whose refusal says nothing of that",
         (
-            "test_kernel_cache.py::test_an_image_that_the_driver_refuses",
-            "test_kernel_cache.py::test_a_driver_older_than_cupy_is_refused_before_it_is_asked",
+            "test_loading.py::test_an_image_that_the_driver_refuses",
+            "test_loading.py::test_a_driver_older_than_cupy_is_refused_before_it_is_asked",
             "test_info.py::test_nvrtc_newer_than_the_driver_is_named",
         ),
     ),
@@ -347,8 +347,8 @@ COMPILATION = (
     Hazard(
         "What was set up for one device is used on another",
         (
-            "test_kernel_cache.py::test_each_device_loads_a_kernel_for_itself_once",
-            "test_kernel_cache.py::test_every_device_is_asked_for_shared_memory_of_its_own",
+            "test_loading.py::test_each_device_loads_a_kernel_for_itself_once",
+            "test_loading.py::test_every_device_is_asked_for_shared_memory_of_its_own",
             "test_prepared.py::test_devices_and_streams_are_told_apart",
             "gpu/test_devices.py::test_attention",
             "gpu/test_devices.py::test_the_device_may_be_the_current_one_and_the_other_by_turns",
@@ -357,9 +357,9 @@ COMPILATION = (
     Hazard(
         "Threads that call first compile many times; children of a fork use CUDA, or hang",
         (
-            "test_kernel_cache.py::test_threads_that_need_a_kernel_first_compile_it_once",
-            "test_kernel_cache.py::test_cuda_that_was_used_before_a_fork_is_refused_in_the_child",
-            "test_kernel_cache.py::test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child",
+            "test_loading.py::test_threads_that_need_a_kernel_first_compile_it_once",
+            "test_loading.py::test_cuda_that_was_used_before_a_fork_is_refused_in_the_child",
+            "test_loading.py::test_a_lock_that_was_held_at_the_fork_does_not_hang_the_child",
             "gpu/test_kernel_cache.py::test_threads_that_call_first_compile_each_kernel_once",
             "gpu/test_kernel_cache.py::test_an_import_uses_no_cuda_so_that_children_can",
             "gpu/test_kernel_cache.py::test_cuda_used_before_a_fork_is_a_clear_error_in_the_child",
@@ -449,7 +449,7 @@ STREAMS = (
     Hazard(
         "A capture of a graph meets a compilation, a wait or memory that is lent to others later",
         (
-            "test_kernel_cache.py::test_a_capture_that_is_the_first_to_need_a_kernel_is_left_as_it_is",
+            "test_loading.py::test_a_capture_that_is_the_first_to_need_a_kernel_is_left_as_it_is",
             "test_prepared.py::test_a_capture_is_checked_and_gets_memory_of_its_own",
             "test_devices.py::test_a_capture_is_asked_for_on_the_device_of_the_stream",
             "gpu/test_graphs.py::test_every_mode_of_capture",

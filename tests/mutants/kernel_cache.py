@@ -6,6 +6,7 @@ CACHE = "cupy_paged/kernel_cache.py"
 COMPILER = "cupy_paged/compiler.py"
 GPU = "cupy_paged/gpu.py"
 TESTS = "tests/test_kernel_cache.py"
+LOADING = "tests/test_loading.py"
 
 MUTANTS = (
     Mutant(
@@ -147,69 +148,69 @@ MUTANTS = (
         COMPILER,
         "    with _lock:\n        found = _loaded.get(key)",
         "    if True:\n        found = _loaded.get(key)",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "dynamic shared memory is not asked for",
         COMPILER,
         "        if kernel.shared_bytes:\n            attribute",
         "        if kernel.shared_bytes < 0:\n            attribute",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a child waits for a lock that its parent held",
         COMPILER,
         "    gpu.cupy()  # refuses to work in a forked process, whose lock may be held for ever\n",
         "",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "threads import CuPy in each other's environment",
         GPU,
         "        with _importing.lock, kernel_cache.lets_cupy_in():",
         "        with kernel_cache.lets_cupy_in():",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "an import that another thread had begun at the fork hangs the child",
         GPU,
         "in_forked_process(_importing.renew)  # another thread of the parent may have held it\n",
         "",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a child uses the CUDA of its parent",
         GPU,
         "in_forked_process(cupy.cache_clear)\n",
         "",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a child is refused a CUDA that works",
         GPU,
         "        if error.status == _INITIALIZATION_ERROR:",
         "        if error.status:",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a child repeats the calls of its parent",
         "cupy_paged/prepared.py",
         "gpu.in_forked_process(_kept.forget)\n",
         "",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a driver of an older minor version is refused",
         GPU,
         "if 0 < driver // 1000 < built_for // 1000:",
         "if 0 < driver < built_for:",
-        TESTS,
+        LOADING,
     ),
     Mutant(
         "a machine without a driver cannot import CuPy",
         GPU,
         "if 0 < driver // 1000 < built_for // 1000:",
         "if driver // 1000 < built_for // 1000:",
-        TESTS,
+        LOADING,
     ),
 )
