@@ -109,9 +109,9 @@ __device__ inline void fence_before_bulk() {
 }
 
 // Barriers of warps, by number. 0 is __syncthreads.
-constexpr int STATES_LEFT = 1, READY = 2;
+constexpr int STATES_LEFT = 1;
 
-// A barrier of some warps of a thread block, THREADS in all, each of which may come to it at a place of its own.
+// A barrier of some warps of a thread block, THREADS in all.
 template <int ID, int THREADS> __device__ inline void sync_warps() {
     asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }

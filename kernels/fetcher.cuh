@@ -13,9 +13,10 @@ template <class T> __device__ inline const T* from_lane(const T* pointer, int la
         __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
+// `more`: the walk is at its first piece.
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int SLOTS, bool BULK,
           int QUERY_COPY_BYTES, class Tiles, class Shared>
-__device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
+__device__ inline void fetch_pieces(const AttentionParams& p, PieceWalk<HEADS>& walk, bool more, Shared& shared) {
     // Of the block table the warp keeps what a window of tokens takes, IDS block ids a lane: one more block
     // than has room in the window, which may begin and end within a block.
     constexpr int WINDOW = 256;
@@ -40,14 +41,12 @@ __device__ inline void fetch_pieces(const AttentionParams& p, Shared& shared) {
         }
     };
 
-    PieceWalk<HEADS> walk(p);
     const auto look_up_next = [&] {
         const bool there = walk.next();
         if (there) look_up(walk.piece, walk.piece.begin);
         return there;
     };
-    bool more = look_up_next();
-    sync_warps<READY, (Shared::WORKERS + 2) * WARP>();
+    if (more) look_up(walk.piece, walk.piece.begin);
 
     uint32 tile = 0;
     for (uint32 number = 0;; number++) {

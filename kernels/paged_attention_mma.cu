@@ -64,11 +64,14 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         }
         Barrier::publish();
     }
-    // The fetcher looks for work meanwhile, and comes to the same barrier elsewhere, as __syncthreads must not.
+    // The fetcher looks for its first piece meanwhile. All come to the barrier at one place.
+    PieceWalk<HEADS> walk(p);
+    bool more = false;
+    if (warp == NUM_WORKERS) more = walk.next();
+    __syncthreads();
     if (warp == NUM_WORKERS)
         return fetch_pieces<Query, Cache, Layout, HEAD_SIZE, BLOCK_SIZE, HEADS, SLOTS, BULK, QUERY_COPY_BYTES, Tiles>(
-            p, shared);
-    sync_warps<READY, (NUM_WORKERS + 2) * WARP>();
+            p, walk, more, shared);
     if (warp == NUM_WORKERS + 1) return count_nodes(p, shared);
     attend_to_pieces<Query, Cache, Layout, HEAD_SIZE, HEADS, NUM_WORKERS, SLOTS, BULK, Bias, Scratch, Tiles>(p, shared);
 }
