@@ -122,7 +122,7 @@ KERNELS = (
             "support/attention_suite.py::test_the_estimate_of_max_seq_len_changes_no_bit",
             "support/attention_suite.py::test_rows_longer_than_max_seq_len_are_nan",
             "support/attention_suite.py::test_rows_longer_than_their_table_are_nan",
-            "test_attention.py::test_what_an_estimate_leaves_out_is_nan_and_the_rest_is_whole",
+            "support/attention_suite.py::test_what_an_estimate_leaves_out_is_nan_and_the_rest_is_whole",
             "gpu/test_bitwise.py::test_estimates_and_widths_change_no_bit",
         ),
         "on a GPU: an estimate of 0, or too low by partitions; rows that outgrow it in a replay",
@@ -240,7 +240,7 @@ KERNELS = (
     Hazard(
         "Flushed subnormals, or a little added to sums, become part of results",
         (
-            "test_attention.py::test_one_token_gives_its_value_bit_by_bit",
+            "support/attention_suite.py::test_one_token_gives_its_value_bit_by_bit",
             "support/attention_suite.py::test_bfloat16_queries_beyond_the_range_of_float16",
             "support/cache_suite.py::test_every_code_to_float",
             "test_errors.py::test_a_bad_call_is_refused_and_writes_nothing",

@@ -39,29 +39,6 @@ def test_a_live_block_outside_the_cache_is_named(block, arrays):
     assert (arrays.numpy(out) == np.float16(ops.SENTINEL)).all()
 
 
-@pytest.mark.parametrize("max_seq_len", [0, 1, 40, 512])
-def test_what_an_estimate_leaves_out_is_nan_and_the_rest_is_whole(max_seq_len, arrays):
-    problem = build(Case(seq_lens=(5, 41, 40, 600, 1, 0)))
-    too_long = problem.seq_lens > max_seq_len
-    estimated = replace(problem, max_seq_len=max_seq_len)
-    for call in ops.paged_attention, ops.paged_attention_v1:
-        for got, want in zip(call(estimated, arrays), call(problem, arrays), strict=True):
-            assert np.isnan(got[too_long]).all()
-            compare.bitwise(got[~too_long], want[~too_long], call.__name__)
-    out, *_ = ops.paged_attention_v2(estimated, arrays, num_partitions=1)
-    assert np.isnan(out[too_long]).all()
-    compare.close(out[~too_long], problem.expected[0][~too_long], "float16")
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_one_token_gives_its_value_bit_by_bit(dtype, arrays):
-    """Whatever is added to a sum of weights so that it cannot be 0 would show."""
-    problem = build(Case(dtype, seq_lens=(1, 1, 1)))
-    (found,) = ops.paged_attention_v1(problem, arrays)
-    for row, (_, values) in zip(found, problem.dense, strict=True):
-        compare.bitwise(row, np.repeat(values[0], problem.case.group, axis=0))
-
-
 @pytest.mark.parametrize("step", [0, 7, 2**40])
 def test_the_stride_of_a_dimension_of_one_says_nothing(step):
     """Where frameworks put it they agree on nothing."""

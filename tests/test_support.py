@@ -159,6 +159,13 @@ def test_sums_may_be_off_by_what_their_logits_were_rounded_by():
         compare.close_sums((want * factor).astype(np.float32), want, max_logits)
 
 
+def test_counts_of_partitions_without_a_logit_are_exact():
+    want, max_logits = np.array([[16.0]]), np.array([[np.finfo(np.float32).min]], float)
+    compare.close_sums(want.astype(np.float32), want, max_logits)
+    with pytest.raises(AssertionError, match="exp_sums: 1 of 1 wrong"):
+        compare.close_sums(np.zeros((1, 1), np.float32), want, max_logits)
+
+
 @pytest.mark.parametrize("drawn", [cases.HOST, cases.GPU], ids=["host", "gpu"])
 def test_every_axis_of_the_cases_is_covered(drawn):
     assert {case.head_size for case in drawn} >= set(cases.HEAD_SIZES)

@@ -125,6 +125,7 @@ class TestAttentionOnOlderChips:
     test_rows_without_tokens = AttentionSuite.test_rows_without_tokens_are_zero
     test_rows_too_long = AttentionSuite.test_rows_longer_than_their_table_are_nan
     test_nan = AttentionSuite.test_nan_stays_with_its_row_and_head
+    test_hidden_partitions = AttentionSuite.test_scratch_of_partitions_that_block_sparsity_skips
 
     @pytest.fixture
     def arrays(self):

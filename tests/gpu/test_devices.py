@@ -210,6 +210,7 @@ def synchronize():
 
 def make_ready(given, *delayed):
     """Compiles what a test queues, which takes longer than the delay."""
+    synchronize()  # arrays come on default streams, which no other stream waits for
     cupy_paged.paged_attention(**given)
     for address in delayed:
         delay(address)
@@ -238,8 +239,8 @@ def test_a_write_on_the_stream_of_another_framework_is_awaited(
     late, right = given[name], other.array(getattr(problem, name))
     (own, _), (foreign, address) = stream_of(owner, owner_kind), stream_of(other, other_kind)
     with current_stream(owner, own), current_stream(other, foreign):
-        assign(late, right)
         make_ready(given, address)
+        assign(late, right)
         assign(late, 0)
         synchronize()
         delay(address)
@@ -275,8 +276,8 @@ def test_a_cuda_array_interface_is_awaited(arrays, kind, problem):
     (own, _), (foreign, address) = stream_of(arrays, kind), stream_of(CUPY, "side")
     given["key_cache"] = OnlyCudaArrayInterface(late, address)
     with current_stream(arrays, own):
-        assign(late, right)
         make_ready(given, address)
+        assign(late, right)
         assign(late, 0)
         synchronize()
         delay(address)
@@ -295,8 +296,8 @@ def test_a_given_stream_is_used(arrays, form, problem):
     given = ops.arguments(problem, arrays)
     late, right = given["query"], arrays.array(problem.query)
     stream, address = stream_of(arrays, "side")
-    assign(late, right)
     make_ready(given, address)
+    assign(late, right)
     assign(late, 0)
     synchronize()
     delay(address)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cupy_paged
+from cupy_paged import compiler, prepared
 from support import cache_suite, compare, frameworks, merge_suite, ops, oracle
 from support.data import Case, build, empty_caches
 from support.framework_suite import OnlyCudaArrayInterface, OnlyDLPack
@@ -226,6 +227,48 @@ def test_ten_thousand_replays(dtype, rng, tally):
             wrong[replay] = (bits != eager[scene]).any()
         assert not wrong.any(), f"replay {int(wrong.argmax())}, and {int(wrong.sum()) - 1} others"
     tally("graph replays", replays)
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1"])
+def test_rows_that_outgrow_their_estimate_in_a_replay(op, arrays):
+    problem = replace(build(Case(seq_lens=(600, 600, 40, 17, 600))), max_seq_len=40)
+    problem = replace(problem, seq_lens=np.array([5, 7, 40, 17, 0], np.int32))
+    call, given, out = attention_call(op, problem, arrays)
+    captured = Captured(call, arrays)
+    taken = [ops.empty((1 << 16,), "float32", arrays, ops.SENTINEL) for _ in range(16)]
+    captured.replay([(out, np.full(problem.query.shape, 7, np.float16))])
+    before = arrays.numpy(out)
+    grown = np.array([5, 41, 40, 600, 0], np.int32)
+    captured.replay(
+        [(given["seq_lens"], grown), (out, np.full(problem.query.shape, 7, np.float16))]
+    )
+    found = arrays.numpy(out)
+    too_long = grown > 40
+    assert np.isnan(found[too_long]).all()
+    compare.bitwise(found[~too_long], before[~too_long])
+    for array in taken:
+        assert (arrays.numpy(array) == np.float32(ops.SENTINEL)).all()
+
+
+def test_a_kernel_that_was_never_loaded_leaves_a_capture_whole(monkeypatch):
+    problem, arrays = build(Case(seq_lens=(1030, 17))), ALL[0]
+    call, _, out = attention_call("paged_attention", problem, arrays)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        call(stream=stream)
+        stream.begin_capture()
+        with monkeypatch.context() as nothing_loaded:
+            nothing_loaded.setattr(compiler, "_loaded", {})
+            nothing_loaded.setattr(prepared, "_kept", prepared._Kept())
+            with pytest.raises(RuntimeError, match="for the first time inside a CUDA graph"):
+                call(stream=stream)
+        call(stream=stream)
+        graph = stream.end_capture()
+        arrays.fill(out, np.full(problem.query.shape, np.nan, np.float16))
+        graph.launch(stream)
+        stream.synchronize()
+    compare.close(arrays.numpy(out), problem.expected[0], "float16")
 
 
 @EVERY_WAY

@@ -163,8 +163,22 @@ MUTANTS = (
     Mutant(
         "a row's lse is written while others still read it",
         "kernels/merge_attn_states.cu",
-        "        if constexpr (WARP % ROW_THREADS == 0) __syncwarp();\n        else __syncthreads();\n",
-        "",
+        # Every other warp comes late, as it might.
+        "        if (mine) {\n"
+        "            suffix_lse = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token, head);\n"
+        "            prefix_lse = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token, head);\n"
+        "            prefix = load_vector<WIDTH>(prefix_row + first_chunk * WIDTH);\n"
+        "            suffix = load_vector<WIDTH>(suffix_row + first_chunk * WIDTH);\n"
+        "        }\n"
+        "        if constexpr (WARP % ROW_THREADS == 0) __syncwarp();\n"
+        "        else __syncthreads();\n",
+        "        if (threadIdx.x / WARP % 2) __nanosleep(100000);\n"
+        "        if (mine) {\n"
+        "            suffix_lse = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token, head);\n"
+        "            prefix_lse = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token, head);\n"
+        "            prefix = load_vector<WIDTH>(prefix_row + first_chunk * WIDTH);\n"
+        "            suffix = load_vector<WIDTH>(suffix_row + first_chunk * WIDTH);\n"
+        "        }\n",
         MERGE,
     ),
     Mutant(

@@ -51,10 +51,11 @@ class AttentionSuite:
         tally("needles", len(tokens))
 
     @EVERY_STORAGE
+    @pytest.mark.parametrize("block_size", [16, 32])
     def test_dead_slots_and_wild_ids_change_nothing(
-        self, arrays, dtype, kv_cache_dtype, layout, tally
+        self, arrays, dtype, kv_cache_dtype, layout, block_size, tally
     ):
-        case = Case(dtype=dtype, kv_cache_dtype=kv_cache_dtype, layout=layout, seq_lens=RAGGED)
+        case = Case(dtype, kv_cache_dtype, layout, block_size=block_size, seq_lens=RAGGED)
         poisoned = build(case)
         for call in ops.paged_attention, ops.paged_attention_v1, ops.paged_attention_v2:
             found, clean = call(poisoned, arrays), call(poisoned.unpoisoned(), arrays)
@@ -216,6 +217,27 @@ class AttentionSuite:
         problem = replace(build(Case(seq_lens=(5, 41, 40, 17))), max_seq_len=40)
         ops.check_attention(problem, arrays)
         assert np.isnan(ops.paged_attention(problem, arrays)[0][1]).all()
+
+    @pytest.mark.parametrize("max_seq_len", [0, 1, 40, 512])
+    def test_what_an_estimate_leaves_out_is_nan_and_the_rest_is_whole(self, max_seq_len, arrays):
+        problem = build(Case(seq_lens=(5, 41, 40, 600, 1, 0)))
+        too_long = problem.seq_lens > max_seq_len
+        estimated = replace(problem, max_seq_len=max_seq_len)
+        for call in ops.paged_attention, ops.paged_attention_v1:
+            for got, want in zip(call(estimated, arrays), call(problem, arrays), strict=True):
+                assert np.isnan(got[too_long]).all()
+                compare.bitwise(got[~too_long], want[~too_long], call.__name__)
+        out, *_ = ops.paged_attention_v2(estimated, arrays, num_partitions=1)
+        assert np.isnan(out[too_long]).all()
+        compare.close(out[~too_long], problem.expected[0][~too_long], "float16")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_one_token_gives_its_value_bit_by_bit(self, dtype, arrays):
+        """Whatever is added to a sum of weights so that it cannot be 0 would show."""
+        problem = build(Case(dtype, seq_lens=(1, 1, 1)))
+        (found,) = ops.paged_attention_v1(problem, arrays)
+        for row, (_, values) in zip(found, problem.dense, strict=True):
+            compare.bitwise(row, np.repeat(values[0], problem.case.group, axis=0))
 
     @pytest.mark.parametrize("max_seq_len", [513, 514, 2000, 10**6, 2**40])
     def test_the_estimate_of_max_seq_len_changes_no_bit(self, arrays, max_seq_len):
