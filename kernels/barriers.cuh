@@ -9,7 +9,18 @@
 
 namespace cupy_paged {
 
+// Whether each lane waits and arrives for itself where one could do it for its warp: slower, but compute-sanitizer's
+// racecheck does not see that __syncwarp comes between what a lane does and what another one signals.
+#ifdef CUPY_PAGED_EVERY_LANE
+constexpr bool EVERY_LANE = true;
+#else
+constexpr bool EVERY_LANE = false;
+#endif
+
 struct Barrier {
+    // Of a warp that arrives as one.
+    static constexpr int WARP_ARRIVALS = EVERY_LANE ? WARP : 1;
+
     unsigned long long state;
 
     __device__ uint32 address() const { return uint32(__cvta_generic_to_shared(&state)); }
@@ -31,6 +42,12 @@ struct Barrier {
 #if SM >= 80
         asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(address()) : "memory");
 #endif
+    }
+
+    // Arrives after what all lanes have done. By a whole warp.
+    __device__ void arrive_as_warp() {
+        __syncwarp();
+        if (EVERY_LANE || threadIdx.x % WARP == 0) arrive();
     }
 
     // Arrives, and lets the phase wait for so many bytes of bulk copies.

@@ -45,8 +45,7 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         const Piece piece = order.piece;
         const bool counts = piece.is_last && piece.num_nodes > 1;
         if (counts) order.stored.wait(parity);
-        __syncwarp();
-        if (lane == 0) order.empty.arrive();  // before the sums, which nobody is to wait for
+        order.empty.arrive_as_warp();  // before the sums, which nobody is to wait for
         if (!counts) continue;
         bool is_last = false;
         if (lane == 0) is_last = arrive_last(p.work->arrivals + piece.counter, piece.num_nodes);

@@ -108,6 +108,8 @@ __device__ inline void fetch_pieces(const AttentionParams& p, PieceWalk<HEADS>& 
                         shared.full[mine % SLOTS].arrive_expecting(sizeof(Tiles));
                     }
                     __syncwarp();
+                    if constexpr (EVERY_LANE)
+                        for (uint32 i = tile; i < tile + count; i++) shared.empty[i % SLOTS].wait(i / SLOTS % 2 ^ 1);
 #pragma unroll
                     for (int i = 0; i < BATCH; i++) {
                         const Cache* keys = from_lane(my_keys, first + i);

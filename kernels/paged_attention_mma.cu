@@ -51,16 +51,16 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     if (warp == 0) {
         for (int i = lane; i < SLOTS; i += WARP) {
             shared.full[i].init(BULK ? 1 : WARP);
-            shared.empty[i].init(1);
+            shared.empty[i].init(Barrier::WARP_ARRIVALS);
         }
         if (lane < Shared::ORDERS) {
             shared.order[lane].full.init(2 * WARP);
-            shared.order[lane].stored.init(NUM_WORKERS);
-            shared.order[lane].empty.init(NUM_WORKERS + 1);
+            shared.order[lane].stored.init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
+            shared.order[lane].empty.init((NUM_WORKERS + 1) * Barrier::WARP_ARRIVALS);
         }
         if (lane < SUM_STAGES) {
             shared.sum_full[lane].init(2 * WARP);
-            shared.sum_empty[lane].init(NUM_WORKERS);
+            shared.sum_empty[lane].init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
         }
         Barrier::publish();
     }

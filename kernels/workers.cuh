@@ -162,8 +162,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
             head_sum.take(shared.staged[slot][warp], steps, step);
             if (step == steps.num_steps() - 1) head_sum.template write<Query>(p, piece, head, steps);
         }
-        __syncwarp();
-        if (lane == 0) shared.sum_empty[slot].arrive();
+        shared.sum_empty[slot].arrive_as_warp();
         sums++;
         more_sums = !is_last;
     };
@@ -255,8 +254,7 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
                 for (int i = 0; i < KeyTile::OPERANDS; i++)
                     mma<Operand>(weighted[pair * KeyTile::OPERANDS + i], values[i], weights);
             }
-            __syncwarp();
-            if (lane == 0) shared.empty[slot].arrive();
+            shared.empty[slot].arrive_as_warp();
         }
 
         leave_states<ValueTile, NUM_WORKERS, HEADS, HEAD_SIZE>(shared, max, sum, weighted);
@@ -275,11 +273,8 @@ __device__ inline void attend_to_pieces(const AttentionParams& p, Shared& shared
             if (is_kept) write_node<Scratch, HEAD_SIZE>(p, piece, head, channel, state);
             if (is_result) write_result<Query>(p, piece, head, channel, state);
         }
-        __syncwarp();
-        if (lane == 0) {
-            order.stored.arrive();
-            order.empty.arrive();
-        }
+        order.stored.arrive_as_warp();
+        order.empty.arrive_as_warp();
     }
     while (more_sums) {
         shared.sum_full[sums % Shared::SUMS].wait(sums / Shared::SUMS % 2);

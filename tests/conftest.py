@@ -81,6 +81,11 @@ def pytest_configure(config: pytest.Config) -> None:
         import cupy
 
         cupy.cuda.set_allocator(None)
+    if defined := os.environ.get("CUPY_PAGED_TEST_DEFINE"):
+        from cupy_paged import compiler
+
+        plain = compiler.options
+        compiler.options = lambda sm=None: (*plain(sm), f"-D{defined}")
     if is_xdist_worker:
         return
     if path := os.environ.get("CUPY_PAGED_FIGURES"):

@@ -1,8 +1,10 @@
 """Runs a reduced grid of the GPU tests under compute-sanitizer: `python tests/sanitize.py [TOOL]`.
 
 TOOL is memcheck (the default), initcheck, racecheck or synccheck. Memory pools are switched off: an
-access past the end of one array would otherwise land in the pool's own memory and pass. Exits with
-the sanitizer's status, which is not 0 if it found anything or a test failed.
+access past the end of one array would otherwise land in the pool's own memory and pass. For
+racecheck every lane waits and signals for itself: the tool takes what one does for its warp, behind
+a __syncwarp, for a race. Exits with the sanitizer's status, which is not 0 if it found anything or
+a test failed.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ def main() -> int:
         return 2
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *GRID]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
-    without_pools = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if tool == "racecheck":
+        changes["CUPY_PAGED_TEST_DEFINE"] = "CUPY_PAGED_EVERY_LANE"  # see kernels/barriers.cuh
     found = None
     with subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | without_pools,
+        env=os.environ | changes,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
