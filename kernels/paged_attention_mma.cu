@@ -48,19 +48,21 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
 
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (warp == 0) {
-        for (int i = lane; i < SLOTS; i += WARP) {
-            shared.full[i].init(BULK ? 1 : WARP);
-            shared.empty[i].init(Barrier::WARP_ARRIVALS);
+    if (warp < NUM_WORKERS) {
+        // A warp makes its lanes' barriers one after the other, so each takes a share of them.
+        const int mine = lane * NUM_WORKERS + warp;
+        if (mine < SLOTS) {
+            shared.full[mine].init(BULK ? 1 : WARP);
+            shared.empty[mine].init(Barrier::WARP_ARRIVALS);
         }
-        if (lane < Shared::ORDERS) {
-            shared.order[lane].full.init(2 * WARP);
-            shared.order[lane].stored.init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
-            shared.order[lane].empty.init((NUM_WORKERS + 1) * Barrier::WARP_ARRIVALS);
+        if (mine < Shared::ORDERS) {
+            shared.order[mine].full.init(2 * WARP);
+            shared.order[mine].stored.init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
+            shared.order[mine].empty.init((NUM_WORKERS + 1) * Barrier::WARP_ARRIVALS);
         }
-        if (lane < SUM_STAGES) {
-            shared.sum_full[lane].init(2 * WARP);
-            shared.sum_empty[lane].init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
+        if (mine < SUM_STAGES) {
+            shared.sum_full[mine].init(2 * WARP);
+            shared.sum_empty[mine].init(NUM_WORKERS * Barrier::WARP_ARRIVALS);
         }
         Barrier::publish();
     }

@@ -23,6 +23,11 @@ RECORDS = receipt.ROOT / "docs" / "reliability.json"
 ACCURACY = receipt.ROOT / "benchmarks" / "results" / "accuracy.json"
 NUM_STORAGES = 3 * 3 * len(LAYOUTS)
 """Dtypes of queries, times dtypes of caches for each, times layouts."""
+FAULTS = {
+    "gpu": frozenset(mutant.fault for mutant in MUTANTS if mutant.needs_gpu),
+    "host": frozenset(mutant.fault for mutant in MUTANTS if not mutant.needs_gpu),
+}
+"""What is put in on purpose, by where the tests run that should notice."""
 
 Figures = Mapping[str, Any]
 
@@ -57,10 +62,13 @@ def _accuracy(run: Figures) -> str:
     return "; ".join(f"{kind}: {ratio:.2f}" for kind, ratio in worst.items())
 
 
-def _mutants(run: Figures) -> str:
-    verdicts = [run["mutants"].get(mutant.fault) for mutant in MUTANTS]
-    words = f"{verdicts.count('killed')} of {len(verdicts)}"
-    return words + (f", {missing} not run" if (missing := verdicts.count(None)) else "")
+def _mutants(faults: frozenset[str]) -> Callable[[Figures], str]:
+    def words(run: Figures) -> str:
+        verdicts = [run["mutants"].get(fault) for fault in faults]
+        killed = f"{verdicts.count('killed')} of {len(verdicts)}"
+        return killed + (f", {missing} not run" if (missing := verdicts.count(None)) else "")
+
+    return words
 
 
 def _coverage(run: Figures) -> str:
@@ -109,7 +117,8 @@ ROWS = (
     Row("Random calls of every operator, of the reference (`python -m tests.fuzz --device host`)", "0 failures", "fuzz host", _fuzz),
     Row("Largest error over that of the same precision (`python -m benchmarks accuracy`)", "at most 2", "accuracy", _accuracy),
     Row("Needles found at the edges of pages and partitions, and at the end", "all", "tests", _count("needles")),
-    Row("Faults put in on purpose that tests notice (`python -m tests.mutants`)", "all", "mutants", _mutants),
+    Row("Faults put in on purpose that tests on a GPU notice (`python -m tests.mutants`)", "all", "mutants gpu", _mutants(FAULTS["gpu"])),
+    Row("Faults put in on purpose that tests on the host notice (`python -m tests.mutants`)", "all", "mutants host", _mutants(FAULTS["host"])),
     Row("Dtypes x cache dtypes x layouts that were run", "all", "tests", _coverage),
     Row("Runs in a poisoned pool, of the same bits as in a clean one", "all", "tests", _count("poisoned pools")),
     Row("Largest pool, and the highest offset of an element in use", "more than 2^32 elements", "tests", _largest),
@@ -201,14 +210,22 @@ def _keep_fuzz(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
     kept[kind] = {**stamp, "seeds": seeds}
 
 
-def _keep_parts(kind: str) -> Callable[[dict[str, Any], Figures, Figures], None]:
-    """Keeps a run beside the parts of it that were run before: by mutant, or by tool."""
+def _keep_beside(
+    kept: dict[str, Any], kind: str, name: str, found: Figures, stamp: Figures
+) -> None:
+    """Keeps findings by name beside those of the same kind that were found before."""
+    before = kept[kind][name] if _same_run(kept.get(kind), stamp) else {}
+    kept[kind] = {**stamp, name: {**before, **found}}
 
-    def keep(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
-        before = kept[kind][kind] if _same_run(kept.get(kind), stamp) else {}
-        kept[kind] = {**stamp, kind: {**before, **run[kind]}}
 
-    return keep
+def _keep_mutants(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+    for where, faults in FAULTS.items():
+        if found := {fault: run["mutants"][fault] for fault in faults & run["mutants"].keys()}:
+            _keep_beside(kept, f"mutants {where}", "mutants", dict(sorted(found.items())), stamp)
+
+
+def _keep_sanitizer(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
+    _keep_beside(kept, "sanitizer", "sanitizer", run["sanitizer"], stamp)
 
 
 def _keep_last(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
@@ -225,9 +242,9 @@ def _keep_host_figures(kept: dict[str, Any], run: Figures, stamp: Figures) -> No
 
 KEEP = {
     "fuzz": _keep_fuzz,
-    "mutants": _keep_parts("mutants"),
+    "mutants": _keep_mutants,
     "soak": _keep_last,
-    "sanitizer": _keep_parts("sanitizer"),
+    "sanitizer": _keep_sanitizer,
     "figures": _keep_host_figures,
 }
 """By the word that a log has for its kind."""

@@ -48,6 +48,7 @@ class Worker:
         if on_gpu:
             import cupy
 
+            cupy.cuda.Device(seed % cupy.cuda.runtime.getDeviceCount()).use()
             self.xp = cupy
         else:
             self.xp = np
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000_000, help="of all workers together")
     parser.add_argument("--seconds", type=float, default=math.inf, help="at most, of each worker")
-    parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument("--workers", type=int, default=4, help="processes, on all devices")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--seed", type=int, default=0, help="of the first worker")
     arguments = parser.parse_args(argv)

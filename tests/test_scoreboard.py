@@ -120,7 +120,7 @@ def test_seeds_of_the_same_sources_add_up(desk):
 
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
 def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
-    one, two = ({fault.fault: "killed"} for fault in MUTANTS[:2])
+    one, two = ({fault: "killed"} for fault in sorted(scoreboard.FAULTS["gpu"])[:2])
     desk.record(run_of(FUZZ), run_of({"mutants": one}), run_of({"sanitizer": {"memcheck": 0}}))
     desk.record(
         run_of(FUZZ, seed=1, **changes),
@@ -128,20 +128,30 @@ def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
         run_of({"sanitizer": {"racecheck": 0}}, **changes),
     )
     assert desk.score("operator, on a GPU").found == "100 from seed 1; 0 failures"
-    assert desk.score("on purpose").found.startswith(f"1 of {len(MUTANTS)}, ")
+    assert desk.score("on a GPU notice").found.startswith(f"1 of {len(scoreboard.FAULTS['gpu'])}, ")
     assert desk.score("sanitizer").found == "racecheck: 0"
 
 
 def test_mutants_and_tools_may_be_run_in_parts(desk):
-    verdicts = {mutant.fault: "killed" for mutant in MUTANTS}
-    first, rest = (dict(list(verdicts.items())[part]) for part in (slice(9), slice(9, None)))
+    faults = sorted(scoreboard.FAULTS["host"])
+    killed, last = dict.fromkeys(faults, "killed"), faults[-1]
+    first, rest = (dict(list(killed.items())[part]) for part in (slice(9), slice(9, None)))
     desk.record(run_of({"mutants": first | {"of an older catalogue": "killed"}}))
-    missing = len(MUTANTS) - 9
-    assert desk.score("on purpose").found == f"9 of {len(MUTANTS)}, {missing} not run"
-    desk.record(run_of({"mutants": rest | {MUTANTS[-1].fault: "SURVIVED"}}))
-    assert desk.score("on purpose").found == f"{len(MUTANTS) - 1} of {len(MUTANTS)}"
+    found = desk.score("on the host notice").found
+    assert found == f"9 of {len(faults)}, {len(faults) - 9} not run"
+    desk.record(run_of({"mutants": rest | {last: "SURVIVED"}}))
+    assert desk.score("on the host notice").found == f"{len(faults) - 1} of {len(faults)}"
     desk.record(*(run_of({"sanitizer": {tool: "0"}}) for tool in ("memcheck", "racecheck")))
     assert desk.score("sanitizer").found == "memcheck: 0, racecheck: 0"
+
+
+def test_mutants_of_kernels_and_of_the_host_may_be_run_on_two_machines(desk):
+    host, gpu = (dict.fromkeys(scoreboard.FAULTS[where], "killed") for where in ("host", "gpu"))
+    assert set(host) | set(gpu) == {mutant.fault for mutant in MUTANTS}
+    desk.record(run_of({"mutants": host}, device="CPU"), run_of({"mutants": gpu}, device="H"))
+    for words, device, faults in ("on the host notice", "CPU", host), ("on a GPU notice", "H", gpu):
+        assert desk.score(words).found == f"{len(faults)} of {len(faults)}"
+        assert desk.score(words).device == device
 
 
 def test_figures_of_the_host_stay_until_they_are_counted_again(desk):

@@ -389,4 +389,11 @@ MUTANTS = (
         "if (lane > step) x += before;",
         SUITE,
     ),
+    Mutant(
+        "of two float8 the first is taken twice, CUDA cores",
+        "kernels/dtypes.cuh",
+        "out[i + 1] = to_float(float16{uint16(halves >> 16)});",
+        "out[i + 1] = to_float(float16{uint16(halves)});",
+        ORACLE,
+    ),
 )

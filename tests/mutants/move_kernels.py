@@ -307,11 +307,4 @@ MUTANTS = (
         "return value;",
         "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips",
     ),
-    Mutant(
-        "of two float8 the first is taken twice",
-        "kernels/dtypes.cuh",
-        "out[i + 1] = to_float(float16{uint16(halves >> 16)});",
-        "out[i + 1] = to_float(float16{uint16(halves)});",
-        "tests/gpu/test_cache_ops.py::TestConvert",
-    ),
 )
