@@ -3,8 +3,6 @@
 Shown by docs/RELIABILITY.md, which `python tests/reliability.py` makes.
 """
 
-# ruff: noqa: E501  (a table)
-
 from __future__ import annotations
 
 from typing import NamedTuple
