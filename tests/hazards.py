@@ -3,8 +3,6 @@
 Shown by docs/RELIABILITY.md, which `python tests/reliability.py` makes.
 """
 
-# ruff: noqa: E501  (a table)
-
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -40,8 +38,11 @@ KERNELS = (
             "gpu/test_block_ops.py::test_copies_and_swaps_past_two_to_the_31_elements",
             "gpu/test_block_ops.py::test_gathers_past_two_to_the_31_elements",
             "gpu/test_block_ops.py::test_layouts_past_two_to_the_31_elements",
+            "gpu/test_large_pool.py::test_slots_of_latents_past_as_many_elements",
+            "gpu/test_large_pool.py::test_states_of_more_elements",
+            "gpu/test_large_pool.py::test_states_far_apart",
+            "gpu/test_large_pool.py::test_conversions_of_more_elements",
         ),
-        "`merge_attn_states`, `convert_fp8` and `concat_and_cache_mla` over so many elements",
     ),
     Hazard(
         "Block ids are widened to 64 bits, and strides or scratch offsets are not",
@@ -134,8 +135,9 @@ KERNELS = (
             "support/checked_suite.py::test_blocks",
             "support/checked_suite.py::test_what_is_not_live_may_be_anything",
             "test_attention.py::test_a_live_block_outside_the_cache_is_named",
+            "gpu/test_checked_mode.py::test_a_fault_ends_its_process_and_no_other",
         ),
-        "on a GPU nobody looks for wrong ids of live blocks outside of checked mode",
+        "outside of checked mode, wrong ids that lead to memory of others: it is read",
     ),
     Hazard(
         "Slots, blocks and pairs out of range are written",
@@ -211,15 +213,20 @@ KERNELS = (
         ),
     ),
     Hazard(
-        "Scratch of an earlier launch is read, or a barrier is missing",
+        "Scratch or shared memory of an earlier launch is read, or a barrier is missing",
         (
             "gpu/test_bitwise.py::test_many_runs_give_the_same_bits",
             "gpu/test_graphs.py::test_ten_thousand_replays",
             "gpu/test_streams.py::test_concurrent_streams_do_not_disturb_each_other",
             "support/attention_suite.py::test_scratch_of_v2",
             "test_counters.py::test_every_call_in_a_graph_has_counters_of_its_own",
+            "gpu/test_shared_memory.py::test_kernels_do_find_what_others_left",
+            "gpu/test_shared_memory.py::test_attention",
+            "gpu/test_shared_memory.py::test_gather",
+            "gpu/test_shared_memory.py::test_convert_layout",
+            "gpu/test_shared_memory.py::test_merge",
         ),
-        "NaN that others left in shared memory; compute-sanitizer is a command, `python tests/sanitize.py`",
+        "compute-sanitizer is a command, `python tests/sanitize.py`",
     ),
     Hazard(
         "States of partitions are rounded to half precision, so that errors grow with their number",
@@ -414,8 +421,9 @@ STREAMS = (
             "test_in_flight.py::test_nothing_is_left_of_a_stream_that_is_done",
             "test_prepared.py::test_what_is_kept_keeps_no_array_alive",
             "test_prepared.py::test_calls_leave_nothing_behind",
+            "gpu/test_memory.py::test_many_calls_leave_nothing_behind",
+            "gpu/test_memory.py::test_arrays_kept_for_their_producers_are_given_back",
         ),
-        "memory of a device after many thousand calls",
     ),
     Hazard(
         "Immutable or read-only arrays are written",
@@ -465,7 +473,6 @@ STREAMS = (
             "gpu/test_streams.py::test_threads_where_their_own_streams_are_the_default",
             "test_counters.py::test_streams_devices_and_threads_on_their_default_streams_are_apart",
         ),
-        "ops other than attention there",
     ),
     Hazard(
         "Arrays of several devices are taken together",
@@ -648,6 +655,7 @@ TESTS = (
             "test_fuzz.py::test_cases_behind_a_lost_device_are_not_judged",
             "test_fuzz.py::test_a_worker_that_dies_is_no_success",
             "gpu/test_checked_mode.py::test_the_device_is_usable_after_a_call_that_was_refused",
+            "gpu/test_checked_mode.py::test_a_fault_ends_its_process_and_no_other",
         ),
         "`tests/gpu` is one process: whatever follows a kernel that faults there fails, too",
     ),

@@ -87,6 +87,38 @@ def test_the_device_is_usable_after_a_call_that_was_refused():
     ]
 
 
+FAULT = """
+import cupy as cp
+import numpy as np
+
+import cupy_paged
+
+# Blocks of 2**16 bytes: the last of them is 2**47 bytes away, behind all that a process can map.
+query, cache = cp.ones((1, 2, 128), np.float16), cp.ones((4, 1, 256, 128), np.float16)
+tables, lens = cp.array([[2, 2**31 - 1]], np.int32), cp.array([300], np.int32)
+cupy_paged.paged_attention(query, cache, cache, tables, lens, layout="HND")
+cp.cuda.Device().synchronize()
+print("passed")
+"""
+
+
+def test_a_fault_ends_its_process_and_no_other():
+    given = ops.arguments(problem(), CUPY)
+    expected = cupy_paged.paged_attention(**given)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULT],
+        cwd=ROOT,
+        env=os.environ | {"CUPY_PAGED_CHECK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0, done.stdout
+    assert "an illegal memory access was encountered" in done.stderr, done.stderr
+    assert done.stdout == "", "a synchronisation passed over the fault"
+    compare.bitwise(cupy_paged.paged_attention(**given).get(), expected.get())
+
+
 def test_a_wrong_block_in_tables_of_a_cache():
     cache = cupy_paged.PagedKVCache(
         1, 8, num_kv_heads=2, head_size=64, dtype="float16", framework="cupy"
