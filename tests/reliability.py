@@ -76,11 +76,11 @@ def _results() -> list[str]:
         "",
         *scoreboard.table(),
         "",
-        "Racecheck runs kernels in which every lane of a warp waits and signals for itself: it does",
-        "not see that `__syncwarp` comes between what a lane does and what another one signals for",
-        "all. So it reports a ring of two slots between two warps, in a kernel of twenty lines, where",
-        "one lane signals, and reports nothing where all do, in whichever of four ways the ring is",
-        "filled.",
+        "Racecheck runs kernels in which every lane of a warp waits and signals for itself: it",
+        "does not see that `__syncwarp` comes between what a lane does and what another one",
+        "signals for all. So it reports a ring of two slots between two warps, in a kernel of",
+        "twenty lines, where one lane signals, and reports nothing where all do, in whichever of",
+        "four ways the ring is filled.",
     ]
 
 

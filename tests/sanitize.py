@@ -43,7 +43,8 @@ def main() -> int:
     if sanitizer is None:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS, *GRID]
+    options = "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS
+    pytest = [sys.executable, "-m", "pytest", *options, *GRID]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if tool == "racecheck":
