@@ -202,15 +202,15 @@ MUTANTS = (
     Mutant(
         "a driver of an older minor version is refused",
         GPU,
-        "if 0 < driver // 1000 < built_for // 1000:",
-        "if 0 < driver < built_for:",
+        "if newest is None or major_of(newest) >= built_for:",
+        "if newest is None or float(newest) * 1000 >= runtime.runtimeGetVersion():",
         LOADING,
     ),
     Mutant(
         "a machine without a driver cannot import CuPy",
         GPU,
-        "if 0 < driver // 1000 < built_for // 1000:",
-        "if driver // 1000 < built_for // 1000:",
+        "if newest is None or major_of(newest) >= built_for:",
+        'if major_of(newest or "0") >= built_for:',
         LOADING,
     ),
 )
