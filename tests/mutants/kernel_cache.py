@@ -203,7 +203,7 @@ MUTANTS = (
         "a driver of an older minor version is refused",
         GPU,
         "if newest is None or major_of(newest) >= built_for:",
-        "if newest is None or float(newest) * 1000 >= runtime.runtimeGetVersion():",
+        "if newest is None or major_of(newest) > built_for:",
         LOADING,
     ),
     Mutant(
