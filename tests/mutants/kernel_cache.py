@@ -213,4 +213,11 @@ MUTANTS = (
         'if major_of(newest or "0") >= built_for:',
         LOADING,
     ),
+    Mutant(
+        "a CuPy is suggested that the driver is too old for",
+        "cupy_paged/requirements.py",
+        "driver_cuda_version() or _torch_cuda_version()",
+        "_torch_cuda_version() or driver_cuda_version()",
+        "tests/test_requirements.py",
+    ),
 )
