@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from cupy_paged import checks
 from cupy_paged.arrays import Array, array
 from cupy_paged.dtypes import FLOATS, kv_cache_dtype_name
-from cupy_paged.layouts import CacheGeometry, geometry, infer_layout
+from cupy_paged.layouts import CacheGeometry, fits_instead, geometry, infer_layout
 from cupy_paged.masks import BlockSparse
 from cupy_paged.streams import launch_stream
 
@@ -116,7 +116,8 @@ def check_call(
     if num_heads % cache.num_kv_heads:
         raise ValueError(
             f"query: num_heads {num_heads} is no multiple of key_cache's num_kv_heads "
-            f"{cache.num_kv_heads}"
+            f'{cache.num_kv_heads} in layout "{layout}"'
+            + fits_instead(keys, lambda num_kv_heads: num_heads % num_kv_heads == 0)
         )
 
     checks.has_dims(tables, "[num_seqs, max_num_blocks_per_seq]")

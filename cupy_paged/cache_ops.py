@@ -21,7 +21,7 @@ from cupy_paged.dtypes import (
     kv_cache_dtype_name,
 )
 from cupy_paged.launch import ParamStruct, cache_strides, prepare, scale_fields
-from cupy_paged.layouts import CacheGeometry, geometry
+from cupy_paged.layouts import CacheGeometry, fits_instead, geometry
 from cupy_paged.prepared import keep, repeat
 from cupy_paged.prepared_call import PreparedCall
 from cupy_paged.streams import launch_stream
@@ -195,6 +195,7 @@ def _reshape_and_cache(
         raise ValueError(
             f"key: shape {key.shape} does not match key_cache, needs "
             f'[num_tokens, {cache.num_kv_heads}, {cache.head_size}] in layout "{cache.layout}"'
+            + fits_instead(caches[0], lambda heads: key.shape[1:] == (heads, cache.head_size))
         )
     checks.has_dims(slots, "[num_tokens]")
     checks.is_dtype(slots, "int64")

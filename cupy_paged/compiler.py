@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupy_paged import gpu, kernel_cache
+from cupy_paged.driver import driver_cuda_version
 from cupy_paged.kernel_cache import Binary
+from cupy_paged.requirements import install_command
 
 logger = logging.getLogger("cupy_paged")
 
@@ -134,7 +136,7 @@ def target(arch: int) -> str:
         )
     logger.warning(
         "NVRTC %s does not know sm_%d and compiles for sm_%d: %s, with a newer one, if it is slow",
-        _version(), arch, max(older), gpu.install_command(),
+        _version(), arch, max(older), install_command(),
     )  # fmt: skip
     return f"-arch=compute_{max(older)}"
 
@@ -146,7 +148,7 @@ def _nvrtc() -> Any:
         nvrtc.getVersion()
     except (RuntimeError, ImportError, OSError) as error:
         raise RuntimeError(
-            f"NVRTC, which compiles kernels, cannot be loaded: {gpu.install_command()}"
+            f"NVRTC, which compiles kernels, cannot be loaded: {install_command()}"
         ) from error
     return nvrtc
 
@@ -180,7 +182,7 @@ def _compile(
         what = f"NVRTC {_version()} cannot compile {', '.join(names) or filename}"
         if nvrtc.getVersion() < OLDEST_NVRTC:
             oldest = ".".join(map(str, OLDEST_NVRTC))
-            what += f", {oldest} or newer may: {gpu.install_command()}"
+            what += f", {oldest} or newer may: {install_command()}"
         log = nvrtc.getProgramLog(program)
         raise RuntimeError(f"{what} ({' '.join(settings)})\n{log}") from error
     finally:
@@ -273,7 +275,7 @@ def _load(kernel: Kernel, device: int, sm: int | None) -> Loaded:
             module.load(image)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{kernel.name}: the driver, for CUDA {gpu.driver_cuda_version()}, does not load "
+                f"{kernel.name}: the driver, for CUDA {driver_cuda_version()}, does not load "
                 f"what NVRTC {_version()} made for cuda:{device}, sm_{limits.sm} ({error}); "
                 "`python -m cupy_paged info` says whether they fit each other"
             ) from error

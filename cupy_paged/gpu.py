@@ -11,10 +11,13 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from cupy_paged import kernel_cache
-
-INSTALL_HINT = (
-    'pip install "cupy-paged[cuda12]" (or cuda13, after your driver); '
-    "`python -m cupy_paged info` lists what else is missing"
+from cupy_paged.driver import driver_cuda_version
+from cupy_paged.requirements import (
+    OLDEST_CUPY,
+    REQUIREMENTS,
+    install_command,
+    is_too_old,
+    major_of,
 )
 
 _INITIALIZATION_ERROR = 3
@@ -33,10 +36,13 @@ def cupy() -> ModuleType:
         with _importing.lock, kernel_cache.lets_cupy_in():
             import cupy
     except ImportError as error:
-        raise ImportError(f"GPU arrays need CuPy 14.2 or newer: {INSTALL_HINT}") from error
-    if tuple(int(part) for part in cupy.__version__.split(".")[:2]) < (14, 2):
         raise ImportError(
-            f"CuPy {cupy.__version__} is too old, 14.2 or newer is needed: {INSTALL_HINT}"
+            f"GPU arrays need CuPy {OLDEST_CUPY} or newer: {_install_hint()}"
+        ) from error
+    if is_too_old(cupy.__version__):
+        raise ImportError(
+            f"CuPy {cupy.__version__} is too old, {OLDEST_CUPY} or newer is needed: "
+            f"{_install_hint()}"
         )
     if os.getpid() != _pid:
         _refuse_cuda_of_parent(cupy.cuda)
@@ -66,14 +72,23 @@ in_forked_process(cupy.cache_clear)
 in_forked_process(_importing.renew)  # another thread of the parent may have held it
 
 
+def _install_hint() -> str:
+    return f"{install_command()}; `python -m cupy_paged info` lists what else is missing"
+
+
 def _refuse_old_driver(runtime: ModuleType) -> None:
-    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
-    if 0 < driver // 1000 < built_for // 1000:  # 0: none, and so no GPU
-        raise RuntimeError(
-            f"CuPy is for CUDA {built_for // 1000}, and this machine's driver runs CUDA "
-            f"{driver_cuda_version(runtime)} at most: install a newer driver, or "
-            f"pip uninstall cupy-cuda{built_for // 1000}x && {install_command(driver // 1000)}"
+    newest, built_for = driver_cuda_version(), runtime.runtimeGetVersion() // 1000
+    if newest is None or major_of(newest) >= built_for:  # None: no driver, and so no GPU
+        return
+    remedy = "install a newer driver"
+    if major_of(newest) in REQUIREMENTS:
+        remedy += (
+            f", or pip uninstall -y cupy-cuda{built_for}x && {install_command(major_of(newest))}"
         )
+    raise RuntimeError(
+        f"CuPy is for CUDA {built_for}, and this machine's driver runs CUDA {newest} at most: "
+        f"{remedy}"
+    )
 
 
 def _refuse_cuda_of_parent(cuda: ModuleType) -> None:
@@ -87,19 +102,6 @@ def _refuse_cuda_of_parent(cuda: ModuleType) -> None:
                 'processes with multiprocessing.get_context("spawn"), or fork before the first '
                 "array on a GPU"
             ) from error
-
-
-def driver_cuda_version(runtime: ModuleType | None = None) -> str:
-    """The newest CUDA version that the driver runs, such as "13.0"."""
-    version = (runtime or cupy().cuda.runtime).driverGetVersion()
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def install_command(major: int | None = None) -> str:
-    """What installs all that a CUDA major needs: that of the CuPy that is here if none is given."""
-    if major is None:
-        major = cupy().cuda.runtime.runtimeGetVersion() // 1000
-    return f'pip install "cupy-paged[cuda{major}]"'
 
 
 # ---- devices ----

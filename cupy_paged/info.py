@@ -5,12 +5,8 @@ even where CuPy is absent or cannot be imported.
 """
 
 import argparse
-import ctypes
-import functools
-import importlib.metadata
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,39 +14,19 @@ from typing import NamedTuple
 
 from cupy_paged import __version__, kernel_cache
 from cupy_paged.compiler import kernel_dir, sources_digest
+from cupy_paged.driver import devices, driver_cuda_version, driver_version
+from cupy_paged.requirements import (
+    CUPY_WHEELS,
+    OLDEST_CUPY,
+    install_command,
+    installed_version,
+    is_too_old,
+    major_of,
+)
 
-# What the extras of pyproject.toml install, by CUDA major. The first of each is its CuPy.
-REQUIREMENTS = {
-    12: (
-        "cupy-cuda12x>=14.2",
-        "nvidia-cuda-nvrtc-cu12>=12.8",
-        "nvidia-cuda-runtime-cu12>=12.8",
-        "ml_dtypes",
-    ),
-    13: ("cupy-cuda13x>=14.2", "nvidia-cuda-nvrtc>=13", "nvidia-cuda-runtime>=13", "ml_dtypes"),
-}
-CUPY_WHEELS = {"cupy": None, "cupy-cuda12x": 12, "cupy-cuda13x": 13}
-OLDEST_CUPY = (14, 2)
 OLDEST_COMPUTE_CAPABILITY = (7, 5)
 
 FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax")
-
-_COMPUTE_CAPABILITY_MAJOR = 75
-_COMPUTE_CAPABILITY_MINOR = 76
-_MULTIPROCESSOR_COUNT = 16
-
-
-class Device(NamedTuple):
-    ordinal: int
-    name: str
-    compute_capability: tuple[int, int]
-    memory_bytes: int
-    sm_count: int
-
-    def __str__(self) -> str:
-        major, minor = self.compute_capability
-        gib = self.memory_bytes / 2**30
-        return f"{self.name}, sm_{major}{minor}, {gib:.1f} GiB, {self.sm_count} SMs"
 
 
 class Problem(NamedTuple):
@@ -76,73 +52,6 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-@functools.cache
-def _load(*names: str) -> ctypes.CDLL | None:
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
-
-
-def _cuda_driver() -> ctypes.CDLL | None:
-    return _load("nvcuda.dll") if sys.platform == "win32" else _load("libcuda.so.1")
-
-
-def _format_cuda_version(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def driver_cuda_version() -> str | None:
-    """The newest CUDA version that the driver runs, such as "13.0". None without a driver."""
-    driver = _cuda_driver()
-    version = ctypes.c_int()
-    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
-        return None
-    return _format_cuda_version(version.value)
-
-
-def driver_version() -> str | None:
-    """The driver's own version, such as "580.95.05"."""
-    nvml = _load("nvml.dll") if sys.platform == "win32" else _load("libnvidia-ml.so.1")
-    if nvml is None or nvml.nvmlInit_v2():
-        return None
-    version = ctypes.create_string_buffer(80)
-    failed = nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
-    nvml.nvmlShutdown()
-    return None if failed else version.value.decode()
-
-
-def devices() -> list[Device]:
-    """The CUDA devices that this process may use."""
-    driver = _cuda_driver()
-    count = ctypes.c_int()
-    if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-
-    def attribute(device: ctypes.c_int, number: int) -> int:
-        value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
-        return value.value
-
-    found = []
-    for ordinal in range(count.value):
-        device = ctypes.c_int()
-        name = ctypes.create_string_buffer(256)
-        memory = ctypes.c_size_t()
-        driver.cuDeviceGet(ctypes.byref(device), ordinal)
-        driver.cuDeviceGetName(name, len(name), device)
-        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        capability = (
-            attribute(device, _COMPUTE_CAPABILITY_MAJOR),
-            attribute(device, _COMPUTE_CAPABILITY_MINOR),
-        )
-        sm_count = attribute(device, _MULTIPROCESSOR_COUNT)
-        found.append(Device(ordinal, name.value.decode(), capability, memory.value, sm_count))
-    return found
-
-
 def nvrtc_version() -> str | None:
     """The version of the NVRTC that CuPy loads, such as "12.9"."""
     try:
@@ -152,13 +61,6 @@ def nvrtc_version() -> str | None:
     except Exception:
         return None
     return f"{major}.{minor}"
-
-
-def installed_version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def framework_versions() -> dict[str, str | None]:
@@ -185,20 +87,6 @@ def header_dir() -> Path | None:
     return None
 
 
-def _cuda_major() -> int:
-    """The CUDA major to install for: that of the CuPy that is here, else the driver's, else 12."""
-    for wheel, major in CUPY_WHEELS.items():
-        if major and installed_version(wheel):
-            return major
-    cuda = driver_cuda_version()
-    return 13 if cuda and int(cuda.split(".")[0]) >= 13 else 12
-
-
-def _install_command(major: int | None = None) -> str:
-    requirements = REQUIREMENTS[major or _cuda_major()]
-    return f"pip install {' '.join(map(shlex.quote, requirements))}"
-
-
 def _describe_sources(problems: list[Problem]) -> str:
     count = len(list(kernel_dir().glob("*.cu*")))
     return f"{kernel_dir()} ({count} files, sha256 {sources_digest()[:12]})"
@@ -210,7 +98,7 @@ def _describe_cupy(problems: list[Problem]) -> str:
         problems.append(
             Problem(
                 f"one CuPy: {' and '.join(wheels)} are installed together",
-                f"pip uninstall -y {' '.join(wheels)} && {_install_command()}",
+                f"pip uninstall -y {' '.join(wheels)} && {install_command()}",
             )
         )
     try:
@@ -219,13 +107,11 @@ def _describe_cupy(problems: list[Problem]) -> str:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise
-        problems.append(Problem("CuPy", _install_command()))
+        problems.append(Problem("CuPy", install_command()))
         return "not installed"
-    version = tuple(int(part) for part in cupy.__version__.split(".")[:2])
-    if version < OLDEST_CUPY:
-        needed = ".".join(map(str, OLDEST_CUPY))
+    if is_too_old(cupy.__version__):
         problems.append(
-            Problem(f"CuPy {needed} or newer (found {cupy.__version__})", _install_command())
+            Problem(f"CuPy {OLDEST_CUPY} or newer (found {cupy.__version__})", install_command())
         )
     return f"{cupy.__version__} ({', '.join(wheels) or 'not from a known wheel'})"
 
@@ -234,7 +120,7 @@ def _describe_nvrtc(problems: list[Problem]) -> str:
     version = nvrtc_version()
     if version is None:
         if "cupy" in sys.modules:
-            problems.append(Problem("NVRTC", _install_command()))
+            problems.append(Problem("NVRTC", install_command()))
         return "not found"
     return version
 
@@ -243,7 +129,7 @@ def _describe_headers(problems: list[Problem]) -> str:
     folder = header_dir()
     if folder is None:
         if "cupy" in sys.modules:
-            problems.append(Problem("CUDA's headers, which CuPy needs", _install_command()))
+            problems.append(Problem("CUDA's headers, which CuPy needs", install_command()))
         return "not found"
     return str(folder)
 
@@ -282,11 +168,11 @@ def _describe_driver(problems: list[Problem]) -> str:
         )
         return "not found"
     nvrtc = nvrtc_version()
-    if nvrtc and int(nvrtc.split(".")[0]) > int(cuda.split(".")[0]):
+    if nvrtc and major_of(nvrtc) > major_of(cuda):
         problems.append(
             Problem(
                 f"a driver for CUDA {nvrtc} (this one runs CUDA {cuda})",
-                f"pip uninstall -y cupy-cuda13x && {_install_command(12)}",
+                f"pip uninstall -y cupy-cuda13x && {install_command(12)}",
             )
         )
     return f"{driver_version() or 'unknown version'} (runs CUDA up to {cuda})"
@@ -326,7 +212,7 @@ def inspect() -> Report:
             value = describe(problems)
         except Exception as error:
             value = f"{type(error).__name__}: {error}".splitlines()[0]
-            problems.append(Problem(f"{label} ({value})", _install_command()))
+            problems.append(Problem(f"{label} ({value})", install_command()))
         rows.append((label, value))
     versions = framework_versions()
     rows += [(name, versions[name] or "not installed") for name in FRAMEWORKS]

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import cache_picture, checks, gpu
-from cupy_paged.arrays import HOST
+from cupy_paged.arrays import HOST, array
 from cupy_paged.attention import paged_attention
 from cupy_paged.batches import Batch, Buffers, on_host
 from cupy_paged.block_ops import copy_blocks
 from cupy_paged.cache_memory import CacheMemory
 from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
+from cupy_paged.dtypes import FLOATS
 from cupy_paged.host_copies import HostCopies
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
 from cupy_paged.streams import held_stream
@@ -284,10 +285,14 @@ class PagedKVCache:
             _check_rows(name, rows, len(batch.slot_mapping), "tokens")
         key_cache, value_cache = self.key_caches[layer], self.value_caches[layer]
         arguments = (key, value, key_cache, value_cache, batch.slot_mapping, *self._storage(layer))
-        if self.layout == "vllm":
-            reshape_and_cache(*arguments, stream=stream)
-        else:
-            reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
+        try:
+            if self.layout == "vllm":
+                reshape_and_cache(*arguments, stream=stream)
+            else:
+                reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
+        except (TypeError, ValueError):
+            self._check_beside_cache("key", key)
+            raise
         self._last = held_stream(key, stream)
         if not self._is_capturing(self._last[0]):
             self._layers_written.add(layer)
@@ -298,15 +303,21 @@ class PagedKVCache:
         """Attention of a batch's rows over one layer: `paged_attention`, and its options.
 
         query    [num_rows, num_heads, head_size]
+
+        `write` the layer first, or fill it by a writer of your own: what lies there is attended to.
         """
         self._check_batch(layer, batch)
         _check_rows("query", query, len(batch.seq_lens), "rows: each_token has one for each token")
         dtype, k_scale, v_scale = self._storage(layer)
-        return paged_attention(
-            query, self.key_caches[layer], self.value_caches[layer], batch.block_tables,
-            batch.seq_lens, layout=self.layout, kv_cache_dtype=dtype, k_scale=k_scale,
-            v_scale=v_scale, **{"max_seq_len": batch.max_seq_len, **options},
-        )  # fmt: skip
+        try:
+            return paged_attention(
+                query, self.key_caches[layer], self.value_caches[layer], batch.block_tables,
+                batch.seq_lens, layout=self.layout, kv_cache_dtype=dtype, k_scale=k_scale,
+                v_scale=v_scale, **{"max_seq_len": batch.max_seq_len, **options},
+            )  # fmt: skip
+        except (TypeError, ValueError):
+            self._check_beside_cache("query", query)
+            raise
 
     def commit(self, batch: Batch) -> None:
         """Says that a batch is written in all layers: its tokens are pending no more.
@@ -413,6 +424,13 @@ class PagedKVCache:
             raise ValueError(
                 "batch: is over; another one, or copies made early, have taken its place"
             )
+
+    def _check_beside_cache(self, name: str, x: Any) -> None:
+        """Raises where an op would name `key_cache`, which is no argument of the caller's."""
+        given = array(x, name)
+        checks.same_place([given], self._leader)
+        if self.dtype in FLOATS and given.dtype in FLOATS and given.dtype != self.dtype:
+            raise TypeError(f"{name}: dtype {given.dtype}, needs {self.dtype}, as the cache holds")
 
     def _check_unchanged(self, batch: Batch) -> None:
         """Once written, its slots may be what others find by its tokens."""

@@ -11,7 +11,7 @@ from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, FP8, itemsize, kv_cache_dtype_name
 from cupy_paged.launch import ParamStruct, cache_strides, launch, scale_fields
-from cupy_paged.layouts import LAYOUTS, CacheGeometry, geometry
+from cupy_paged.layouts import LAYOUTS, CacheGeometry, fits_instead, geometry
 from cupy_paged.streams import launch_stream, ordered
 
 NUM_THREADS = 128
@@ -185,7 +185,8 @@ def gather_cache(
     if rows[0].shape[1:] != (cache.num_kv_heads, cache.head_size):
         raise ValueError(
             f"key: shape {rows[0].shape} does not match key_cache, needs "
-            f"[num_tokens, {cache.num_kv_heads}, {cache.head_size}]"
+            f'[num_tokens, {cache.num_kv_heads}, {cache.head_size}] in layout "{layout}"'
+            + fits_instead(caches[0], lambda heads: rows[0].shape[1:] == (heads, cache.head_size))
         )
     checks.has_dims(tables, "[num_seqs, max_num_blocks_per_seq]")
     checks.is_packed(tables, 1)

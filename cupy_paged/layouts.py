@@ -10,6 +10,7 @@ A block of a head must lie as its layout says; blocks, heads and tokens may be a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cupy_paged.arrays import Array
@@ -18,6 +19,9 @@ from cupy_paged.dtypes import itemsize
 LAYOUTS = ("vllm", "HND", "NHD")
 MAX_HEAD_SIZE = 512
 MAX_BLOCK_SIZE = 256
+
+_HEAD_DIMS = {"HND": 1, "NHD": 2}
+"""Of the layouts with the same four dimensions."""
 
 
 class CacheGeometry(NamedTuple):
@@ -46,11 +50,7 @@ def infer_layout(key_cache: Array, num_heads: int) -> str:
             f"key_cache: shape {key_cache.shape} has {len(key_cache.shape)} dimensions, "
             'needs 4 ("HND", "NHD") or 5 ("vllm")'
         )
-    fits = [
-        layout
-        for layout, dim in (("HND", 1), ("NHD", 2))
-        if key_cache.shape[dim] and num_heads % key_cache.shape[dim] == 0
-    ]
+    fits = _fitting(key_cache, lambda num_kv_heads: num_heads % num_kv_heads == 0)
     if len(fits) != 1:
         either = "either" if fits else "neither"
         raise ValueError(
@@ -60,6 +60,24 @@ def infer_layout(key_cache: Array, num_heads: int) -> str:
             "NHD is [num_blocks, block_size, num_kv_heads, head_size]"
         )
     return fits[0]
+
+
+def fits_instead(key_cache: Array, fits: Callable[[int], bool]) -> str:
+    """The end of an error for a layout that does not fit: the other one, if the shape allows that.
+
+    fits    whether the call may have so many KV heads
+    """
+    if len(key_cache.shape) != 4:
+        return ""
+    return "".join(
+        f'; {key_cache.name}\'s shape {key_cache.shape} fits layout "{layout}"'
+        for layout in _fitting(key_cache, fits)
+    )
+
+
+def _fitting(key_cache: Array, fits: Callable[[int], bool]) -> list[str]:
+    sizes = {layout: key_cache.shape[dim] for layout, dim in _HEAD_DIMS.items()}
+    return [layout for layout, size in sizes.items() if size and fits(size)]
 
 
 def geometry(layout: str, key_cache: Array, value_cache: Array, dtype: str) -> CacheGeometry:
@@ -146,7 +164,8 @@ def _vllm(key_cache: Array, value_cache: Array, dtype: str) -> CacheGeometry:
 def _rows(layout: str, key_cache: Array, value_cache: Array) -> CacheGeometry:
     _needs_dims(key_cache, 4, layout)
     _needs_dims(value_cache, 4, layout)
-    head_dim, token_dim = (1, 2) if layout == "HND" else (2, 1)
+    head_dim = _HEAD_DIMS[layout]
+    token_dim = 3 - head_dim
     names = {0: "num_blocks", head_dim: "num_kv_heads", token_dim: "block_size", 3: "head_size"}
     for dim, name in sorted(names.items()):
         _match(name, key_cache, key_cache.shape[dim], value_cache, value_cache.shape[dim])

@@ -95,7 +95,7 @@ KERNELS = (
             "support/attention_suite.py::test_a_table_without_columns",
             "support/merge_suite.py::test_counts",
             "support/cache_suite.py::test_skipped_tokens_change_nothing",
-            "support/block_suite.py::test_nothing_to_gather",
+            "support/gather_suite.py::test_nothing_to_gather",
         ),
     ),
     Hazard(
@@ -165,7 +165,7 @@ KERNELS = (
             "gpu/test_attention.py::test_matches_oracle",
             "support/attention_suite.py::test_scales_as_one_element_arrays",
             "support/cache_suite.py::test_written_tokens_are_attended",
-            "support/block_suite.py::test_dequantises",
+            "support/gather_suite.py::test_dequantises",
             "support/kv_cache_suite.py::test_random_story_through_attention",
         ),
     ),

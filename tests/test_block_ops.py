@@ -12,15 +12,11 @@ import pytest
 
 from cupy_paged import block_ops, block_runs, gpu, in_flight
 from support import compare, fake_cupy, frameworks, oracle
-from support.block_suite import (
-    CopyBlocksSuite,
-    GatherSuite,
-    LayoutSuite,
-    MlaSuite,
-    SwapBlocksSuite,
-    pairs,
-    random_bits,
-)
+from support.block_suite import CopyBlocksSuite, SwapBlocksSuite, pairs
+from support.cache_suite import MlaSuite
+from support.data import random_bits
+from support.gather_suite import GatherSuite
+from support.layout_suite import LayoutSuite
 
 
 class BothOnHost:

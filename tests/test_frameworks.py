@@ -117,7 +117,7 @@ def test_read_only_arrays_known_by_dlpack_alone_are_not_written():
 
 
 def adapter(name):
-    found = [arrays for arrays in OTHERS if arrays.name == name]
+    found = frameworks.only(name, OTHERS)
     return pytest.mark.parametrize("arrays", found, ids=lambda arrays: arrays.name)
 
 

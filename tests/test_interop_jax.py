@@ -19,7 +19,7 @@ from support.jax_ops_suite import CALLS, EVERY_CALL, JaxOpsSuite, attention, cop
 from support.receipt import ROOT
 
 NUMPY, *OTHERS = frameworks.host()
-JAX = [arrays for arrays in OTHERS if arrays.name == "jax"]
+JAX = frameworks.only("jax", OTHERS)
 
 
 def jax_calls():

@@ -5,7 +5,7 @@ import pytest
 from support import frameworks
 from support.torch_ops_suite import TorchOpsSuite
 
-TORCH = [arrays for arrays in frameworks.host() if arrays.name == "torch"]
+TORCH = frameworks.only("torch", frameworks.host())
 
 
 @pytest.fixture(params=TORCH, ids=lambda arrays: arrays.name)

@@ -14,7 +14,7 @@ from support.transformers_suite import (
     random_rows,
 )
 
-TORCH = [arrays for arrays in frameworks.host() if arrays.name == "torch"]
+TORCH = frameworks.only("torch", frameworks.host())
 
 
 @pytest.fixture(params=TORCH, ids=lambda arrays: arrays.name)

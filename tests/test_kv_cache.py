@@ -266,6 +266,37 @@ def test_rows_that_do_not_fit_the_batch():
     assert (len(sequence), sequence.num_written, cache.sequences) == (5, 0, [sequence])
 
 
+@pytest.mark.parametrize("layout", ["vllm", "HND", "NHD"])
+def test_an_error_names_what_the_caller_gave_and_no_array_of_the_cache(layout):
+    cache = new(layout=layout)
+    batch = cache.batch([cache.add(range(5))])
+    query, rows = np.ones((1, 4, 8), np.float16), ones(5).astype(np.float16)
+    for name, call in (
+        ("query", lambda: cache.attend(0, query, batch)),
+        ("key", lambda: cache.write(0, rows, rows, batch)),
+    ):
+        words = rf"^{name}: dtype float16, needs float32, as the cache holds$"
+        with pytest.raises(TypeError, match=words):
+            call()
+    with pytest.raises(TypeError, match=r"^value: dtype float16 does not match key's float32"):
+        cache.write(0, ones(5), rows, batch)
+    with pytest.raises(TypeError, match=r"^query: dtype float64 is not supported"):
+        cache.attend(0, query.astype(float), batch)
+
+
+def test_an_error_names_what_is_in_another_place_than_the_cache(monkeypatch):
+    cache = new()
+    batch = cache.batch([cache.add(range(5))])
+
+    def refuse(*arguments, **options):
+        raise ValueError("key_cache: is on cuda:1, but query is on the host")
+
+    monkeypatch.setattr(kv_cache, "paged_attention", refuse)
+    monkeypatch.setattr(cache, "_leader", cache._leader._replace(device=1))
+    with pytest.raises(ValueError, match=r"^query: is on the host, but the cache is on cuda:1$"):
+        cache.attend(0, np.ones((1, 4, 8), np.float32), batch)
+
+
 def test_wrong_batches():
     cache = new(max_num_seqs=2, max_num_tokens=8, max_seq_len=8)
     first, second = cache.add(range(5)), cache.add(range(4))

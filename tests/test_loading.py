@@ -15,17 +15,23 @@ import pytest
 from cupy_paged import compiler, gpu, kernel_cache, prepared
 from support import first_calls
 from support.fake_cupy import FakeCuPy
+from support.fake_driver import FakeDriver
 from support.first_calls import small_kernels
 
 KERNEL, OTHER = small_kernels()
 
 
-def stand_in(driver=13000, built_for=13000, version="14.2.0"):
+@pytest.fixture(autouse=True)
+def driver(monkeypatch):
+    """One for CUDA 13, whatever this machine has."""
+    FakeDriver(13000).install(monkeypatch)
+
+
+def stand_in(built_for=13000, version="14.2.0"):
     """What `import cupy` finds: a FakeCuPy with versions."""
     fake = FakeCuPy()
     fake.__version__ = version
-    runtime = fake.cuda.runtime
-    runtime.driverGetVersion, runtime.runtimeGetVersion = lambda: driver, lambda: built_for
+    fake.cuda.runtime.runtimeGetVersion = lambda: built_for
     return fake
 
 
@@ -35,17 +41,23 @@ def stand_in(driver=13000, built_for=13000, version="14.2.0"):
 @pytest.mark.parametrize(
     ("driver", "built_for", "words"),
     [
-        (12090, 13000, r"driver runs CUDA 12\.9 at most.*pip install \"cupy-paged\[cuda12\]\""),
+        (
+            12090,
+            13000,
+            r"driver runs CUDA 12\.9 at most: .*cupy-cuda13x && pip install 'cupy-cuda12",
+        ),
+        (11080, 12090, r"driver runs CUDA 11\.8 at most: install a newer driver$"),
         (12020, 12090, None),
         (13000, 12090, None),
-        (0, 13000, None),
+        (None, 13000, None),
     ],
-    ids=["too old", "an older minor version", "newer", "none"],
+    ids=["too old", "too old for any CuPy", "an older minor version", "newer", "none"],
 )
 def test_a_driver_older_than_cupy_is_refused_before_it_is_asked(
     monkeypatch, driver, built_for, words
 ):
-    fake = stand_in(driver, built_for)
+    fake = stand_in(built_for)
+    monkeypatch.setattr("cupy_paged.driver.cuda_driver", lambda: driver and FakeDriver(driver))
     monkeypatch.setitem(sys.modules, "cupy", fake)
     if words is None:
         assert gpu.cupy.__wrapped__() is fake
@@ -56,7 +68,7 @@ def test_a_driver_older_than_cupy_is_refused_before_it_is_asked(
 
 def test_an_old_cupy_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", stand_in(version="14.1.9"))
-    with pytest.raises(ImportError, match=r'CuPy 14\.1\.9 is too old.*pip install "cupy-paged\['):
+    with pytest.raises(ImportError, match=r"CuPy 14\.1\.9 is too old.*pip install 'cupy-cuda1"):
         gpu.cupy.__wrapped__()
 
 

@@ -6,9 +6,17 @@ from typing import Any
 import numpy as np
 
 import cupy_paged
-from support import block_suite, cache_suite, compare, merge_suite, ops, oracle
-from support.block_suite import random_bits
-from support.data import DTYPES, Case, empty_caches
+from support import (
+    block_suite,
+    cache_suite,
+    compare,
+    gather_suite,
+    layout_suite,
+    merge_suite,
+    ops,
+    oracle,
+)
+from support.data import DTYPES, Case, empty_caches, random_bits
 
 FLOATS = "float16", "bfloat16", "float32"
 
@@ -45,7 +53,7 @@ def gather(template: Case, arrays: Any, rng: np.random.Generator) -> None:
         to = case.dtype
         given = {"k_scale": case.scales[0], "v_scale": case.scales[1]}
     spare = int(rng.choice([5, 0, -min(sum(lengths), 9)]))
-    block_suite.GatherSuite().check(
+    gather_suite.GatherSuite().check(
         arrays, rng, case, to, starts, lengths, spare, gap=16 // case.cache_dtype.itemsize, **given
     )
 
@@ -58,7 +66,7 @@ def convert_layout(template: Case, arrays: Any, rng: np.random.Generator) -> Non
     if case.kv_cache_dtype != "auto" and case.head_size % 16:
         new_layout = "NHD" if case.layout == "HND" else "HND"
     num_blocks = min(_num_blocks(case, rng), 12)
-    block_suite.LayoutSuite().check(arrays, rng, case, new_layout, num_blocks)
+    layout_suite.LayoutSuite().check(arrays, rng, case, new_layout, num_blocks)
 
 
 def merge(template: Case, arrays: Any, rng: np.random.Generator) -> None:
@@ -76,7 +84,7 @@ def merge(template: Case, arrays: Any, rng: np.random.Generator) -> None:
 
 def mla(template: Case, arrays: Any, rng: np.random.Generator) -> None:
     rank, pe_dim = ((512, 64), (64, 16), (8 * int(rng.integers(1, 9)), 8))[rng.integers(3)]
-    block_suite.MlaSuite().check(
+    cache_suite.MlaSuite().check(
         arrays, rng, template.dtype, template.kv_cache_dtype, rank, pe_dim, gap=16
     )
 

@@ -8,19 +8,11 @@ import pytest
 import cupy_paged
 from cupy_paged import block_runs, gpu
 from support import compare, frameworks, oracle
-from support.block_suite import (
-    GUARD_ROWS,
-    CopyBlocksSuite,
-    GatherSuite,
-    LayoutSuite,
-    MlaSuite,
-    SwapBlocksSuite,
-    gather_problem,
-    owners,
-    pairs,
-    random_bits,
-)
-from support.data import Case
+from support.block_suite import CopyBlocksSuite, SwapBlocksSuite, pairs
+from support.cache_suite import MlaSuite
+from support.data import Case, owners, random_bits
+from support.gather_suite import GUARD_ROWS, GatherSuite, gather_problem
+from support.layout_suite import LayoutSuite
 
 CUPY = frameworks.device()[0]
 WRITABLE = frameworks.writable(frameworks.device())

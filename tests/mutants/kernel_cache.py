@@ -202,15 +202,22 @@ MUTANTS = (
     Mutant(
         "a driver of an older minor version is refused",
         GPU,
-        "if 0 < driver // 1000 < built_for // 1000:",
-        "if 0 < driver < built_for:",
+        "if newest is None or major_of(newest) >= built_for:",
+        "if newest is None or major_of(newest) > built_for:",
         LOADING,
     ),
     Mutant(
         "a machine without a driver cannot import CuPy",
         GPU,
-        "if 0 < driver // 1000 < built_for // 1000:",
-        "if driver // 1000 < built_for // 1000:",
+        "if newest is None or major_of(newest) >= built_for:",
+        'if major_of(newest or "0") >= built_for:',
         LOADING,
+    ),
+    Mutant(
+        "a CuPy is suggested that the driver is too old for",
+        "cupy_paged/requirements.py",
+        "driver_cuda_version() or _torch_cuda_version()",
+        "_torch_cuda_version() or driver_cuda_version()",
+        "tests/test_requirements.py",
     ),
 )

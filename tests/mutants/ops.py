@@ -198,6 +198,20 @@ MUTANTS = (
         ERRORS,
     ),
     Mutant(
+        "an error suggests a layout that does not fit",
+        "cupy_paged/layouts.py",
+        "if size and fits(size)]",
+        "if size]",
+        ERRORS,
+    ),
+    Mutant(
+        "a cache's users are told of arrays that they never gave",
+        "cupy_paged/kv_cache.py",
+        '            self._check_beside_cache("query", query)\n',
+        "",
+        "tests/test_kv_cache.py",
+    ),
+    Mutant(
         "num_heads need be no multiple of num_kv_heads",
         "cupy_paged/attention_checks.py",
         "if num_heads % cache.num_kv_heads:",

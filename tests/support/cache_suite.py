@@ -242,3 +242,47 @@ class ConvertSuite:
     def test_an_empty_array(self, arrays):
         output = ops.empty((0, 8), "float16", arrays)
         cupy_paged.convert_fp8(output, arrays.array(np.zeros((0, 8), np.uint8)))
+
+
+class MlaSuite:
+    def check(self, arrays, rng, dtype, kv_cache_dtype, rank, pe_dim, gap=16, scale=None):
+        """`scale` is an array of 0.75, which is a number if that is None."""
+        num_tokens, num_blocks, block_size = 30, 4, 9
+        packed = 20 * rng.standard_normal((num_tokens, rank + pe_dim + gap))
+        packed = packed.astype(DTYPES[dtype])
+        kv_c, k_pe = packed[:, :rank], packed[:, rank : rank + pe_dim]
+        stored = np.dtype(oracle.FP8.get(kv_cache_dtype, DTYPES[dtype]))
+        owner = poison((num_blocks, block_size + 1, rank + pe_dim + gap), stored, rng)
+        case = Case(block_size=block_size)
+        slot_mapping = slots(rng, case, num_tokens - 3, num_blocks)
+        made = arrays.array(ops.cache_bytes(owner))
+        cut = (slice(None), slice(block_size), slice(rank + pe_dim))
+        cupy_paged.concat_and_cache_mla(
+            arrays.array(kv_c), arrays.array(k_pe), made[cut], arrays.array(slot_mapping),
+            kv_cache_dtype, 0.75 if scale is None else scale,
+        )  # fmt: skip
+        expected = owner.copy()
+        expected[cut] = oracle.concat_and_cache_mla(
+            kv_c, k_pe, owner[cut], slot_mapping, kv_cache_dtype=kv_cache_dtype, scale=0.75
+        )
+        compare.bitwise(arrays.numpy(made).view(stored), expected)
+
+    @EVERY_STORAGE
+    @pytest.mark.parametrize(("rank", "pe_dim", "gap"), [(512, 64, 0), (512, 64, 16), (7, 3, 1)])
+    def test_writes_the_tokens_and_nothing_else(
+        self, arrays, rng, dtype, kv_cache_dtype, rank, pe_dim, gap
+    ):
+        self.check(arrays, rng, dtype, kv_cache_dtype, rank, pe_dim, gap=gap)
+
+    def test_a_scale_as_a_one_element_array(self, arrays, rng):
+        scale = arrays.array(np.full(1, 0.75, np.float32))
+        self.check(arrays, rng, "float16", "fp8", 512, 64, scale=scale)
+
+    def test_infinities_saturate_and_nan_stays(self, arrays):
+        row = np.array([[np.inf, -np.inf, np.nan, 1.0]], np.float16)
+        cache = arrays.array(np.zeros((1, 1, 8), np.uint8))
+        cupy_paged.concat_and_cache_mla(
+            arrays.array(row), arrays.array(row), cache, arrays.array(np.array([0])), "fp8", 1.0
+        )
+        found = arrays.numpy(cache).view(ml_dtypes.float8_e4m3fn)[0, 0].astype(float)
+        np.testing.assert_array_equal(found, [448, -448, np.nan, 1] * 2)

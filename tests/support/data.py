@@ -202,6 +202,29 @@ def spaced(shape, free_dims, strides, dtype, rng):
     return wide[(*rows, slice(first, first + inner))].reshape(shape)
 
 
+def random_bits(rng, shape, dtype):
+    """An array of any bits at all, NaN among them."""
+    unsigned = np.dtype(f"u{np.dtype(dtype).itemsize}")
+    return rng.integers(0, 2 ** (8 * unsigned.itemsize), shape, unsigned).view(dtype)
+
+
+def block_shapes(case):
+    """The shapes of a block of keys and of one of values."""
+    return [cache.shape[1:] for cache in empty_caches(case, 1, np.random.default_rng(0))]
+
+
+def owners(case, num_blocks, rng):
+    """Two arrays [num_blocks, 3, ...]: the middle of each is a cache, blocks and all at random."""
+    return [
+        random_bits(rng, (num_blocks, 3, *shape), case.cache_dtype) for shape in block_shapes(case)
+    ]
+
+
+def middle(owner):
+    """The cache in what `owners` has made."""
+    return owner[:, 1]
+
+
 def write(case, key_cache, value_cache, table, start, key, value):
     """Put the stored tokens key, value [num_tokens, num_kv_heads, head_size] at `start`."""
     token = start + np.arange(len(key))

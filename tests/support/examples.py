@@ -47,7 +47,7 @@ def runnable(code: str) -> str:
     """
     for name, framework in FRAMEWORKS.items():
         if name in imported(code) and framework not in REQUIRED and not is_module(framework):
-            pytest.skip(f"{framework} is not installed")
+            pytest.skip(f"{framework} is not installed: pip install {framework}")
     if (reason := device.missing()) and re.search(NEEDS_A_GPU, code):
         pytest.skip(f"needs a GPU, or its streams: {reason}")
     if reason:

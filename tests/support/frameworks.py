@@ -1,8 +1,9 @@
 """Arrays of each framework, made from NumPy arrays bit by bit and brought back the same way.
 
 `CUPY_PAGED_TEST_FRAMEWORKS` (comma-separated) names the frameworks that must be there: a named
-one that is missing fails its tests, one not named and not installed is not parametrised. It may
-name transformers as well, which has no arrays of its own: see `needed`.
+one that is missing fails its tests, one not named and not installed is not parametrised, and tests
+of its own are skipped: see `only`. It may name transformers as well, which has no arrays of its
+own: see `needed`.
 """
 
 import functools
@@ -167,12 +168,19 @@ def needed(package):
         return
     if package in REQUIRED:
         pytest.fail(f"CUPY_PAGED_TEST_FRAMEWORKS names {package}, which is not installed")
-    pytest.skip(f"{package} is not installed")
+    pytest.skip(f"{package} is not installed: pip install {package}")
 
 
 def _numpy_dtype(name):
     ml_dtypes = importlib.import_module("ml_dtypes")
     return getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else name
+
+
+def only(name, adapters):
+    """The adapters of one framework; without it, a parameter that skips the test and says why."""
+    reason = f"{name} is missing, or has no such device: pip install -e '.[interop]' installs it"
+    missing = pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason))
+    return [arrays for arrays in adapters if arrays.name == name] or [missing]
 
 
 def writable(adapters):

@@ -9,8 +9,9 @@ import pytest
 from cupy_paged.interop.vllm import install
 from support import cache_suite, compare, fake_vllm, merge_suite, oracle
 from support import ops as calls
-from support.block_suite import gather_problem, owners, pairs, random_bits
-from support.data import DTYPES, Case, build, empty_caches, poison
+from support.block_suite import pairs
+from support.data import DTYPES, Case, build, empty_caches, owners, poison, random_bits
+from support.gather_suite import gather_problem
 from support.oracle import BlockSparse
 
 LENGTHS = 33, 0, 1, 600, 1030
