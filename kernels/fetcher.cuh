@@ -13,7 +13,7 @@ template <class T> __device__ inline const T* from_lane(const T* pointer, int la
         __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-// `more`: the walk is at its first piece.
+// `more`: `walk` has found a piece, and is at the first one.
 template <class Query, class Cache, class Layout, int HEAD_SIZE, int BLOCK_SIZE, int HEADS, int SLOTS, bool BULK,
           int QUERY_COPY_BYTES, class Tiles, class Shared>
 __device__ inline void fetch_pieces(const AttentionParams& p, PieceWalk<HEADS>& walk, bool more, Shared& shared) {
@@ -108,7 +108,7 @@ __device__ inline void fetch_pieces(const AttentionParams& p, PieceWalk<HEADS>& 
                         shared.full[mine % SLOTS].arrive_expecting(sizeof(Tiles));
                     }
                     __syncwarp();
-                    if constexpr (EVERY_LANE)
+                    if constexpr (EVERY_LANE)  // whichever copies has waited
                         for (uint32 i = tile; i < tile + count; i++) shared.empty[i % SLOTS].wait(i / SLOTS % 2 ^ 1);
 #pragma unroll
                     for (int i = 0; i < BATCH; i++) {

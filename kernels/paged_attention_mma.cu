@@ -50,6 +50,7 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (warp < NUM_WORKERS) {
         // A warp makes its lanes' barriers one after the other, so each takes a share of them.
+        static_assert(SLOTS <= NUM_WORKERS * WARP, "a lane makes the barriers of one slot");
         const int mine = lane * NUM_WORKERS + warp;
         if (mine < SLOTS) {
             shared.full[mine].init(BULK ? 1 : WARP);
@@ -66,7 +67,8 @@ __global__ void __launch_bounds__((NUM_WORKERS + 2) * WARP, BLOCKS_PER_SM)
         }
         Barrier::publish();
     }
-    // The fetcher looks for its first piece meanwhile. All come to the barrier at one place.
+    // The fetcher looks for its first piece meanwhile. All come to the barrier at one place: compute-sanitizer's
+    // synccheck would take two for divergence.
     PieceWalk<HEADS> walk(p);
     bool more = false;
     if (warp == NUM_WORKERS) more = walk.next();

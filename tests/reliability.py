@@ -41,7 +41,7 @@ def _head() -> list[str]:
         "several frameworks. The last column says what none of the tests beside it shows.",
         "",
         f"The tests are tested: {len(MUTANTS)} deliberate faults, {of_kernels} of them in kernels,",
-        "must each turn tests red (`python -m tests.mutants`). `python -m tests.fuzz` draws as",
+        "are each to turn tests red (`python -m tests.mutants`). `python -m tests.fuzz` draws as",
         "many more cases as are wanted, from any seed. This page is made by",
         "`python tests/reliability.py`.",
     ]
@@ -78,9 +78,9 @@ def _results() -> list[str]:
         "",
         "Racecheck runs kernels in which every lane of a warp waits and signals for itself: it",
         "does not see that `__syncwarp` comes between what a lane does and what another one",
-        "signals for all. So it reports a ring of two slots between two warps, in a kernel of",
-        "twenty lines, where one lane signals, and reports nothing where all do, in whichever of",
-        "four ways the ring is filled.",
+        "signals for all, and reports a race where there is none. So it does not show that the",
+        "`__syncwarp` before such a signal is there; nothing here does. It looks at shared memory",
+        "alone, which merging, writing, copying, swapping and converting do not use.",
     ]
 
 

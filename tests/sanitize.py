@@ -20,16 +20,20 @@ from pathlib import Path
 from support import device, receipt
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = (
+SHARED_MEMORY = (  # of kernels that use it, which is what racecheck looks at
     "tests/gpu/test_attention.py::test_matches_oracle",
+    "tests/gpu/test_attention.py::test_matches_oracle_on_few_thread_blocks",
     "tests/gpu/test_attention.py::test_matches_oracle_on_the_paths_of_older_chips",
+    "tests/gpu/test_block_ops.py::TestGather",
+    "tests/gpu/test_block_ops.py::TestLayout",
+)
+GRID = (
+    *SHARED_MEMORY,
     "tests/gpu/test_merge.py::TestMerge",
     "tests/gpu/test_cache_ops.py::TestCacheOps::test_shapes",
     "tests/gpu/test_cache_ops.py::TestConvert",
     "tests/gpu/test_block_ops.py::TestCopyBlocks",
     "tests/gpu/test_block_ops.py::TestSwapBlocks",
-    "tests/gpu/test_block_ops.py::TestGather",
-    "tests/gpu/test_block_ops.py::TestLayout",
     "tests/gpu/test_block_ops.py::TestMla",
 )
 ARRAYS = "not torch"  # kernels see the same of all frameworks
@@ -44,7 +48,8 @@ def main() -> int:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         return 2
     options = "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS
-    pytest = [sys.executable, "-m", "pytest", *options, *GRID]
+    pytest = [sys.executable, "-m", "pytest", *options]
+    pytest += SHARED_MEMORY if tool == "racecheck" else GRID
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if tool == "racecheck":

@@ -23,6 +23,7 @@ RECORDS = receipt.ROOT / "docs" / "reliability.json"
 ACCURACY = receipt.ROOT / "benchmarks" / "results" / "accuracy.json"
 NUM_STORAGES = 3 * 3 * len(LAYOUTS)
 """Dtypes of queries, times dtypes of caches for each, times layouts."""
+TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"
 FAULTS = {
     "gpu": frozenset(mutant.fault for mutant in MUTANTS if mutant.needs_gpu),
     "host": frozenset(mutant.fault for mutant in MUTANTS if not mutant.needs_gpu),
@@ -105,7 +106,8 @@ def _compiled(run: Figures) -> str:
 
 
 def _tools(run: Figures) -> str:
-    return ", ".join(f"{tool}: {found}" for tool, found in run["sanitizer"].items())
+    found = {tool: run["sanitizer"].get(tool, "not run") for tool in TOOLS}
+    return ", ".join(f"{tool}: {number}" for tool, number in found.items())
 
 
 def _count(name: str) -> Callable[[Figures], str]:

@@ -170,10 +170,11 @@ PARAMS = {
 }
 
 
-def flaws(kernel: Kernel, sm: int) -> str | None:
+def flaws(kernel: Kernel, sm: int, defined: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a kernel on an architecture. None if nothing is."""
+    given = *options(), *(f"-D{name}" for name in defined)
     try:
-        compiled = nvrtc.compile(flatten(kernel.source), [kernel.name], sm, options())
+        compiled = nvrtc.compile(flatten(kernel.source), [kernel.name], sm, given)
     except nvrtc.CompileError as error:
         return str(error)
     used = compiled.kernels[kernel.name]
@@ -202,6 +203,15 @@ def test_kernels_compile_without_spills(workers, kernels, sm, tally):
     assert not found, f"{len(found)} of {len(chosen)} kernels:\n" + "\n".join(found)
     tally("compiled kernels", len(chosen))
     tally.each("architectures", sm)
+
+
+@pytest.mark.parametrize("layout", ["vllm", "HND"])
+def test_kernels_compile_as_racecheck_wants_them(layout):
+    problem = HeadProblem("bfloat16", "bfloat16", layout, 128, 16, 4, 16, 16, 16, False, False)
+    kernel = attention_plan(problem, 90, gpu.shared_bytes_of(90), None).kernel
+    assert kernel.source == "paged_attention_mma.cu"
+    assert "EVERY_LANE" in flatten(kernel.source)
+    assert flaws(kernel, 90, ("CUPY_PAGED_EVERY_LANE",)) is None
 
 
 @pytest.mark.parametrize(("filename", "params"), PARAMS.items(), ids=PARAMS)

@@ -172,6 +172,12 @@ def test_sources_that_change_during_the_run_write_nothing(tree):
     assert tree.receipt() is None
 
 
+def test_a_run_of_other_kernels_writes_nothing(tree, monkeypatch):
+    monkeypatch.setenv("CUPY_PAGED_EMULATE_SM", "75")
+    assert "not written: CUPY_PAGED_EMULATE_SM had other kernels compiled" in tree.pytest()
+    assert tree.receipt() is None
+
+
 def test_failures_errors_and_skips_are_recorded_and_refused(tree):
     tree.write(
         "tests/gpu/deeper/test_two.py",

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from support import compare, ops
+from support import compare, ops, thread_blocks
 from support.data import DTYPES, Case, Problem, build, store, write
 
 MAX_ELEMENTS = 2**18  # of a case's keys, but for the long ones
 LONG_CASES = 1 / 20  # of those with few enough channels
 LONG = 32768, 65536  # tokens from which partitions are larger
+MOST_THREAD_BLOCKS = None, None, 1, 3, 7
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def _spoil_lengths(problem: Problem, rng: np.random.Generator) -> None:
 
 
 def check(problem: Problem, arrays: Any, rng: np.random.Generator, scratch: str) -> None:
-    """Checks one operator, drawn at random, on a problem."""
-    _OPERATORS[rng.integers(len(_OPERATORS))](problem, arrays, rng, scratch)
+    """Checks one operator, drawn at random, on a problem, and on few thread blocks at times."""
+    with thread_blocks.at_most(MOST_THREAD_BLOCKS[rng.integers(len(MOST_THREAD_BLOCKS))]):
+        _OPERATORS[rng.integers(len(_OPERATORS))](problem, arrays, rng, scratch)
 
 
 def _paged_attention(problem: Problem, arrays: Any, rng: np.random.Generator, scratch: str) -> None:

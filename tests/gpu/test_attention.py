@@ -3,7 +3,7 @@
 import pytest
 
 from cupy_paged import gpu
-from support import cases, frameworks, ops
+from support import cases, frameworks, ops, thread_blocks
 from support.attention_suite import AttentionSuite
 from support.data import Case, build, needles
 
@@ -45,6 +45,12 @@ def test_matches_oracle(case, tally):
     tally.each("head sizes", case.head_size)
     tally.each("block sizes", case.block_size)
     tally.each("group sizes", case.group)
+
+
+@pytest.mark.parametrize("case", cases.GPU[::3], ids=str)
+def test_matches_oracle_on_few_thread_blocks(case):
+    with thread_blocks.at_most(3):
+        ops.check_attention(build(case), CUPY)
 
 
 @pytest.mark.parametrize("case", cases.GPU[::6], ids=str)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupy_paged import gpu, launch, prepared
-from support import compare, frameworks, ops
+from cupy_paged import gpu
+from support import compare, frameworks, ops, thread_blocks
 from support.data import Case, build
 
 CUPY = frameworks.device()[0]
@@ -81,14 +81,12 @@ def test_every_operator_gives_the_same_bits(loaded):
 
 
 @pytest.mark.parametrize("max_blocks", [1, 7, 61])
-def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded, monkeypatch):
+def test_a_smaller_device_gives_the_same_bits(max_blocks, loaded):
     problem, caches = loaded
     expected = [call(problem, CUPY, **caches) for call in CALLS]
-    load = launch.load
-    monkeypatch.setattr(prepared, "_kept", prepared._Kept())
-    monkeypatch.setattr(launch, "load", lambda *key: load(*key)._replace(max_blocks=max_blocks))
-    for call, want in zip(CALLS, expected, strict=True):
-        same_bits(call(problem, CUPY, **caches), want, call.__name__)
+    with thread_blocks.at_most(max_blocks):
+        for call, want in zip(CALLS, expected, strict=True):
+            same_bits(call(problem, CUPY, **caches), want, call.__name__)
 
 
 def test_many_runs_give_the_same_bits(loaded, tally):

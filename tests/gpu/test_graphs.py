@@ -231,23 +231,23 @@ def test_ten_thousand_replays(dtype, rng, tally):
 
 @pytest.mark.parametrize("op", ["paged_attention", "paged_attention_v1"])
 def test_rows_that_outgrow_their_estimate_in_a_replay(op, arrays):
-    problem = replace(build(Case(seq_lens=(600, 600, 40, 17, 600))), max_seq_len=40)
-    problem = replace(problem, seq_lens=np.array([5, 7, 40, 17, 0], np.int32))
-    call, given, out = attention_call(op, problem, arrays)
-    captured = Captured(call, arrays)
-    taken = [ops.empty((1 << 16,), "float32", arrays, ops.SENTINEL) for _ in range(16)]
-    captured.replay([(out, np.full(problem.query.shape, 7, np.float16))])
-    before = arrays.numpy(out)
-    grown = np.array([5, 41, 40, 600, 0], np.int32)
-    captured.replay(
-        [(given["seq_lens"], grown), (out, np.full(problem.query.shape, 7, np.float16))]
+    """Their partitions would lie where those of the rows beside them are."""
+    estimate, before, grown = (
+        1024,
+        np.array([600, 1024, 513, 17, 900], np.int32),
+        np.array([600, 3000, 513, 2000, 900], np.int32),
     )
+    problem = build(Case(seq_lens=(3000,) * len(grown)))
+    problem = replace(problem, max_seq_len=estimate, seq_lens=before)
+    call, given, out = attention_call(op, problem, arrays)
+    captured, dirt = Captured(call, arrays), (out, np.full(problem.query.shape, 7, np.float16))
+    captured.replay([dirt])
+    expected = arrays.numpy(out)
+    captured.replay([(given["seq_lens"], grown), dirt])
     found = arrays.numpy(out)
-    too_long = grown > 40
+    too_long = grown > estimate
     assert np.isnan(found[too_long]).all()
-    compare.bitwise(found[~too_long], before[~too_long])
-    for array in taken:
-        assert (arrays.numpy(array) == np.float32(ops.SENTINEL)).all()
+    compare.bitwise(found[~too_long], expected[~too_long])
 
 
 def test_a_kernel_that_was_never_loaded_leaves_a_capture_whole(monkeypatch):

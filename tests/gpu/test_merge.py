@@ -21,7 +21,7 @@ class TestMerge(MergeSuite):
 @pytest.mark.parametrize("head_size", [80, 96, 512])
 @pytest.mark.parametrize("into", ["prefix", "suffix"])
 def test_many_rows_replaced_in_place(head_size, into):
-    """More rows than are merged at a time, each of threads of several warps, which drift apart."""
+    """More rows than a device merges at a time, many of them of two warps, which drift apart."""
     shape = num_tokens, num_heads, _ = 40_000, 8, head_size
     random = cupy.random.default_rng(11)
     sides = [

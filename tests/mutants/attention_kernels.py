@@ -6,6 +6,7 @@ from mutants.mutant import Mutant
 
 SUITE = "tests/gpu/test_attention.py::TestAttention"
 OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
+FEW_THREAD_BLOCKS = "tests/gpu/test_attention.py::test_matches_oracle_on_few_thread_blocks"
 ORACLE = "tests/gpu/test_attention.py::test_matches_oracle"
 LONG = "tests/gpu/test_attention.py::test_needles_in_long_contexts"
 BITWISE = "tests/gpu/test_bitwise.py"
@@ -373,7 +374,7 @@ MUTANTS = (
         "kernels/nodes.cuh",
         "return before == uint32(expected - 1);",
         "return before == uint32(max(expected - 2, 0));",
-        SUITE,
+        "tests/gpu/test_attention.py::test_long_contexts",
     ),
     Mutant(
         "bytes of float8_e5m2 change places, tensor cores",
@@ -395,5 +396,110 @@ MUTANTS = (
         "out[i + 1] = to_float(float16{uint16(halves >> 16)});",
         "out[i + 1] = to_float(float16{uint16(halves)});",
         ORACLE,
+    ),
+    Mutant(
+        "a tile is read before it has come, tensor cores",
+        "kernels/workers.cuh",
+        "            shared.full[slot].wait(tile / SLOTS % 2);\n",
+        "",
+        SUITE,
+    ),
+    Mutant(
+        "draws of a launch are left to the next",
+        "kernels/pieces.cuh",
+        "p.work->pieces_taken = p.work->blocks_gone = 0;",
+        "p.work->blocks_gone = 0;",
+        BITWISE,
+    ),
+    Mutant(
+        "the last heads of a group have those of the next beside them",
+        "kernels/pieces.cuh",
+        "min(HEADS, p.group_size - head_in_group)",
+        "HEADS",
+        ORACLE,
+    ),
+    Mutant(
+        "a row is its last group, where thread blocks did groups",
+        "kernels/head_sum.cuh",
+        "add_group(k, node[i], first + i == 0);",
+        "add_group(k, node[i], true);",
+        FEW_THREAD_BLOCKS,
+    ),
+    Mutant(
+        "the lse of a row longer than its table is finite, tensor cores",
+        "kernels/results.cuh",
+        "piece.fits ? log_sum_exp(state.max, state.sum) : not_a_number();",
+        "log_sum_exp(state.max, state.sum);",
+        SUITE,
+    ),
+    Mutant(
+        "a bfloat16 query beyond float16 is not shifted",
+        "kernels/workers.cuh",
+        "        shift = shift_to_one(lanes_max<4>(magnitude));\n",
+        "",
+        SUITE,
+    ),
+    Mutant(
+        "odd heads are shifted back as their neighbours",
+        "kernels/workers.cuh",
+        "__shfl_sync(ALL_LANES, shift, (2 * j + i) * 4)",
+        "__shfl_sync(ALL_LANES, shift, 2 * j * 4)",
+        SUITE,
+    ),
+    Mutant(
+        "of a pair of workers one counts",
+        "kernels/workers.cuh",
+        "left = alone ? mine : left + mine;",
+        "left = mine;",
+        ORACLE,
+    ),
+    Mutant(
+        "float8 values' tokens are taken in order, layout vllm",
+        "kernels/warp_tiles.cuh",
+        "return OPERANDS == 1 ? row : row % 8 / 2 * 4 + row % 2 + row / 8 * 2;",
+        "return row;",
+        ORACLE,
+    ),
+    Mutant(
+        "float8 values' channels are taken in order, other layouts",
+        "kernels/warp_tiles.cuh",
+        "return 16 * n + (OPERANDS == 1 ? row : row % 8 * 2 + row / 8);",
+        "return 16 * n + row;",
+        ORACLE,
+    ),
+    Mutant(
+        "sliding heads of a group have the sign of the others",
+        "kernels/masks.cuh",
+        "kv_head) * -step + 1;",
+        "kv_head) * step + 1;",
+        ORACLE,
+    ),
+    Mutant(
+        "tokens are fetched for the first head of a group alone",
+        "kernels/masks.cuh",
+        "h < head + num_heads; h++",
+        "h < head + 1; h++",
+        ORACLE,
+    ),
+    Mutant(
+        "the lse of a row without tokens is 0, CUDA cores",
+        "kernels/combine_partitions.cu",
+        "fits ? minus_infinity() : filler;",
+        "filler;",
+        ORACLE,
+    ),
+    Mutant(
+        "steps of sequences past the first 32 begin again",
+        "kernels/schedule.cuh",
+        "through = __shfl_sync(ALL_LANES, through, WARP - 1) + lanes_prefix_sum(count);",
+        "through = lanes_prefix_sum(count);",
+        BITWISE,
+    ),
+    Mutant(
+        "32-bit offset of a block's values, layout vllm",
+        "kernels/layouts.cuh",
+        "return block * stride.block + head * stride.head + channel * BLOCK_SIZE + offset;",
+        "return int(block * stride.block) + head * stride.head + channel * BLOCK_SIZE + offset;",
+        "tests/gpu/test_large_pool.py",
     ),
 )

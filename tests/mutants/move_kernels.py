@@ -4,6 +4,7 @@
 
 from mutants.mutant import Mutant
 
+CONVERSIONS = "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips"
 COPIES = "tests/gpu/test_block_ops.py::TestCopyBlocks"
 SWAPS = "tests/gpu/test_block_ops.py::TestSwapBlocks"
 GATHERS = "tests/gpu/test_block_ops.py::TestGather"
@@ -11,6 +12,16 @@ LAYOUTS = "tests/gpu/test_block_ops.py::TestLayout"
 MERGE = "tests/gpu/test_merge.py"
 MLA = "tests/gpu/test_block_ops.py::TestMla"
 WRITES = "tests/gpu/test_cache_ops.py::TestCacheOps"
+
+# Of merge_attn_states.cu.
+READS = (
+    "        if (mine) {\n"
+    "            suffix_lse = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token, head);\n"
+    "            prefix_lse = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token, head);\n"
+    "            prefix = load_vector<WIDTH>(prefix_row + first_chunk * WIDTH);\n"
+    "            suffix = load_vector<WIDTH>(suffix_row + first_chunk * WIDTH);\n"
+    "        }\n"
+)
 
 MUTANTS = (
     Mutant(
@@ -163,22 +174,9 @@ MUTANTS = (
     Mutant(
         "a row's lse is written while others still read it",
         "kernels/merge_attn_states.cu",
-        # Every other warp comes late, as it might.
-        "        if (mine) {\n"
-        "            suffix_lse = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token, head);\n"
-        "            prefix_lse = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token, head);\n"
-        "            prefix = load_vector<WIDTH>(prefix_row + first_chunk * WIDTH);\n"
-        "            suffix = load_vector<WIDTH>(suffix_row + first_chunk * WIDTH);\n"
-        "        }\n"
-        "        if constexpr (WARP % ROW_THREADS == 0) __syncwarp();\n"
-        "        else __syncthreads();\n",
-        "        if (threadIdx.x / WARP % 2) __nanosleep(100000);\n"
-        "        if (mine) {\n"
-        "            suffix_lse = lse_at(p.suffix_lse, p.suffix_lse_stride_head, p.suffix_lse_stride_token, token, head);\n"
-        "            prefix_lse = lse_at(p.prefix_lse, p.prefix_lse_stride_head, p.prefix_lse_stride_token, token, head);\n"
-        "            prefix = load_vector<WIDTH>(prefix_row + first_chunk * WIDTH);\n"
-        "            suffix = load_vector<WIDTH>(suffix_row + first_chunk * WIDTH);\n"
-        "        }\n",
+        READS
+        + "        if constexpr (WARP % ROW_THREADS == 0) __syncwarp();\n        else __syncthreads();\n",
+        "        if (threadIdx.x / WARP % 2) __nanosleep(100000);\n" + READS,  # as it might happen
         MERGE,
     ),
     Mutant(
@@ -284,27 +282,69 @@ MUTANTS = (
         "kernels/dtypes.cuh",
         "return {uint16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};",
         "return {uint16(bits >> 16)};",
-        "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips",
+        CONVERSIONS,
     ),
     Mutant(
         "subnormal float8 have a spacing of their own, older chips",
         "kernels/dtypes.cuh",
         "max(int(__float_as_uint(magnitude) >> 23) - 127, MIN_EXPONENT)",
         "int(__float_as_uint(magnitude) >> 23) - 127",
-        "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips",
+        CONVERSIONS,
     ),
     Mutant(
         "float8_e4m3fn is 256 times too small, older chips",
         "kernels/dtypes.cuh",
         "to_float(float16{uint16(half)}) * 256.0f",
         "to_float(float16{uint16(half)})",
-        "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips",
+        CONVERSIONS,
     ),
     Mutant(
         "NaN of float8_e4m3fn is a number, older chips",
         "kernels/dtypes.cuh",
         "return magnitude == 0x7fu ? __uint_as_float(0x7fffffffu) : value;",
         "return value;",
-        "tests/gpu/test_cache_ops.py::TestConvertOnOlderChips",
+        CONVERSIONS,
+    ),
+    Mutant(
+        "NaN becomes a zero of bfloat16, older chips",
+        "kernels/dtypes.cuh",
+        "    if (x != x) return {0x7fff};\n",
+        "",
+        CONVERSIONS,
+    ),
+    Mutant(
+        "float8 is cut where it should be rounded, older chips",
+        "kernels/dtypes.cuh",
+        "__float2int_rn(magnitude * per_spacing)",
+        "__float2int_rz(magnitude * per_spacing)",
+        CONVERSIONS,
+    ),
+    Mutant(
+        "a block is swapped into the place that it has",
+        "kernels/swap_blocks.cu",
+        "pair.destination * p.destination_stride",
+        "pair.source * p.destination_stride",
+        SWAPS,
+    ),
+    Mutant(
+        "a latent loses its scale",
+        "kernels/concat_and_cache_mla.cu",
+        "stored<Cache>(in.element[j], scale)",
+        "stored<Cache>(in.element[j], 1.0f)",
+        MLA,
+    ),
+    Mutant(
+        "a gathered token is its block's first",
+        "kernels/gather_cache.cu",
+        "int(position % BLOCK_SIZE)}",
+        "0}",
+        GATHERS,
+    ),
+    Mutant(
+        "a token without a prefix is merged with what is there",
+        "kernels/merge_attn_states.cu",
+        "        if (!has_prefix) prefix_lse = minus_infinity();\n",
+        "",
+        MERGE,
     ),
 )

@@ -218,16 +218,17 @@ class AttentionSuite:
         ops.check_attention(problem, arrays)
         assert np.isnan(ops.paged_attention(problem, arrays)[0][1]).all()
 
-    @pytest.mark.parametrize("max_seq_len", [0, 1, 40, 512])
+    @pytest.mark.parametrize("max_seq_len", [0, 1, 40, 512, 1024])
     def test_what_an_estimate_leaves_out_is_nan_and_the_rest_is_whole(self, max_seq_len, arrays):
-        problem = build(Case(seq_lens=(5, 41, 40, 600, 1, 0)))
+        problem = build(Case(seq_lens=(5, 41, 40, 600, 1, 0, 1500, 900)))
         too_long = problem.seq_lens > max_seq_len
         estimated = replace(problem, max_seq_len=max_seq_len)
         for call in ops.paged_attention, ops.paged_attention_v1:
             for got, want in zip(call(estimated, arrays), call(problem, arrays), strict=True):
                 assert np.isnan(got[too_long]).all()
                 compare.bitwise(got[~too_long], want[~too_long], call.__name__)
-        out, *_ = ops.paged_attention_v2(estimated, arrays, num_partitions=1)
+        num_partitions = max(-(-max_seq_len // 512), 1)
+        out, *_ = ops.paged_attention_v2(estimated, arrays, num_partitions=num_partitions)
         assert np.isnan(out[too_long]).all()
         compare.close(out[~too_long], problem.expected[0][~too_long], "float16")
 

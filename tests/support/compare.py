@@ -73,7 +73,7 @@ def close_lse(got, want, what="lse", tolerance=3e-5):
 def close_sums(got, want, max_logits, what="exp_sums", tolerance=3e-5):
     """Check sums of exp(logit - max): logits far from zero are rounded before they are compared.
 
-    The lowest number is no logit: there was none, and the sum is a count of tokens.
+    Where the largest logit is the lowest float32 there was none, and the sum is a count of tokens.
     """
     got, want = same_kind(got, want, "float32", what)
     rounding = np.finfo(np.float32).eps * np.abs(max_logits)
