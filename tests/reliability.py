@@ -63,11 +63,13 @@ def _link(test: str) -> str:
 
 def _results() -> list[str]:
     last = receipt.read()
+    commit = scoreboard.records().get("receipt", {}).get("commit")
+    of_commit = f", of commit {commit}" if commit else ""
     return [
         "",
         "## Last run on a GPU",
         "",
-        f"{receipt.summary(last)}." if last else "None.",
+        f"{receipt.summary(last)}{of_commit}." if last else "None.",
         "",
         "## Scoreboard",
         "",

@@ -64,6 +64,12 @@ def test_the_runner_tells_them_apart(mutant, verdict, monkeypatch, capsys):
     assert f"{int(is_killed)} of 1 mutants killed" in said
 
 
+def test_a_word_that_no_fault_has_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runner.main(["no such fault"])
+    assert "no fault and no file has no such fault in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", ["masks.cuh", "combine_partitions.cu"])
 def test_a_kernel_is_compiled_from_the_changed_text(file, monkeypatch):
     mutant = next(mutant for mutant in MUTANTS if mutant.file == f"kernels/{file}")

@@ -96,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         for mutant in MUTANTS
         if not options.words or any(w in mutant.fault or w in mutant.file for w in options.words)
     ]
+    if not chosen:
+        parser.error(f"no fault and no file has {' or '.join(options.words)} in it")
     if reason := device.missing():
         left_out = sum(mutant.needs_gpu for mutant in chosen)
         chosen = [mutant for mutant in chosen if not mutant.needs_gpu]
