@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cupy_paged import __version__, compiler, info
+from cupy_paged import __version__, compiler, driver, info
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("flashinfer-python",)
@@ -34,12 +34,12 @@ def _cuda_runtime() -> str | None:
 
 def describe() -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--", "cupy_paged", "kernels")
-    devices = info.devices()
+    devices = driver.devices()
     return {
         "device": devices[0].name if devices else None,
         "devices": [str(device) for device in devices],
-        "driver": info.driver_version(),
-        "driver_cuda": info.driver_cuda_version(),
+        "driver": driver.driver_version(),
+        "driver_cuda": driver.driver_cuda_version(),
         "cuda_runtime": _cuda_runtime(),
         "nvrtc": info.nvrtc_version(),
         "python": platform.python_version(),

@@ -110,12 +110,12 @@ def compose(
 
 def describe_environment() -> dict[str, object]:
     """Device, driver, kernels and library versions, as the receipt records them."""
-    from cupy_paged import compiler, info
+    from cupy_paged import compiler, driver, info
 
     return {
-        "devices": [str(device) for device in info.devices()],
-        "driver": info.driver_version(),
-        "driver_cuda": info.driver_cuda_version(),
+        "devices": [str(device) for device in driver.devices()],
+        "driver": driver.driver_version(),
+        "driver_cuda": driver.driver_cuda_version(),
         "nvrtc": info.nvrtc_version(),
         "kernels_sha256": compiler.sources_digest(),
         "python": platform.python_version(),
