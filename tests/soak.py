@@ -3,7 +3,8 @@
 Requests arrive, share prefixes, fork, are cut back, moved to the host, and end, as blocks allow. A
 token's key and value follow from its id, so that a sequence can be computed anew at any time: now
 and then a row is compared with the same sequence alone in a cache of its own, bit by bit, and with
-float64. Dead blocks hold NaN. The memory of the process and of the pools must stay what it is.
+float64. Dead blocks hold NaN, which no row may show. The memory of the process and of the pools must
+stay what it is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from support import device, receipt
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 2, 4, 64
 NUM_BLOCKS, NUM_HOST_BLOCKS, MOST_ROWS, LONGEST = 160, 48, 24, 400
 VOCABULARY, NUM_PREFIXES, PREFIX = 512, 4, 50
-CHECK_EVERY = 97  # steps
+CHECK_EVERY = 97  # steps: a row of one is compared
+LOOK_EVERY = 10  # steps: all rows of one are looked through, which nobody waits for
 PROGRESS = 30  # seconds between two lines of it
 TOLERANCE = 1e-3
 WARM_UP = 0.2  # of the steps, after which memory is to stay
@@ -59,6 +61,7 @@ class Worker:
         self.host_states = self.rng.standard_normal(shape).astype(np.float16)
         self.states = self.xp.asarray(self.host_states)
         self.prefixes = self.rng.integers(0, VOCABULARY, (NUM_PREFIXES, PREFIX)).tolist()
+        self.spoiled = self.xp.zeros((), bool)  # a row has shown a NaN
         self.layout = LAYOUTS[seed % len(LAYOUTS)]
         self.cache = self.new_cache(NUM_BLOCKS, num_host_blocks=NUM_HOST_BLOCKS, poison=True)
         self.alone = self.new_cache(-(-LONGEST // BLOCK_SIZE) + 1, prefix_caching=False)
@@ -153,8 +156,17 @@ class Worker:
             if running:
                 return running, self.attend(self.cache, running)
 
+    def look(self, out: Any) -> None:
+        self.spoiled |= self.xp.isnan(out).any()
+
+    def check_looks(self) -> None:
+        """Raises AssertionError if a row of a step that was looked through held a NaN."""
+        if self.spoiled:
+            raise AssertionError("a row has read what no sequence has written")
+
     def compare(self, running: list[Any], out: Any) -> None:
         """A row against the same sequence alone, and against float64."""
+        self.check_looks()
         row = int(self.rng.integers(len(running)))
         tokens = running[row].tokens
         got = self.on_host(out[row])
@@ -193,6 +205,8 @@ def soak(seed: int, steps: int, on_gpu: bool, seconds: float = math.inf) -> dict
     while number < steps and time.monotonic() < start + seconds:
         running, out = worker.step()
         number, rows = number + 1, rows + len(running)
+        if number % LOOK_EVERY == 0:
+            worker.look(out)
         if number % CHECK_EVERY == 0:
             worker.compare(running, out)
         passed = time.monotonic() - start
@@ -202,6 +216,7 @@ def soak(seed: int, steps: int, on_gpu: bool, seconds: float = math.inf) -> dict
             said = time.monotonic()
             print(f"seed {seed}: {number} of {steps} steps, {passed:.0f} s", flush=True)
     now = worker.memory()
+    worker.check_looks()
     assert warm is not None
     growth = [after - before for before, after in zip(warm, now, strict=True)]
     if max(growth) > SLACK:

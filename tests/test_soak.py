@@ -36,3 +36,14 @@ def test_a_fault_is_found(fault, monkeypatch):
     with pytest.raises(AssertionError, match=r"other bits|is off"):
         for _ in range(20):
             worker.compare(running, out)
+
+
+def test_a_row_of_what_nobody_wrote_is_found(monkeypatch):
+    worker = soak.Worker(seed=3, on_gpu=False)
+    worker.look(worker.step()[1])
+    worker.check_looks()
+    monkeypatch.setattr(soak.cupy_paged.PagedKVCache, "write", lambda *arguments: None)
+    worker.look(worker.step()[1])
+    worker.look(np.zeros(3))
+    with pytest.raises(AssertionError, match="has read what no sequence has written"):
+        worker.check_looks()
