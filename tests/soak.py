@@ -3,8 +3,8 @@
 Requests arrive, share prefixes, fork, are cut back, moved to the host, and end, as blocks allow. A
 token's key and value follow from its id, so that a sequence can be computed anew at any time: now
 and then a row is compared with the same sequence alone in a cache of its own, bit by bit, and with
-float64. Dead blocks hold NaN, which no row may show. The memory of the process and of the pools must
-stay what it is.
+float64. Dead blocks hold NaN, which no row may show. The memory of the process and of the pools
+must stay what it is.
 """
 
 from __future__ import annotations
