@@ -20,9 +20,12 @@ DEVICE = """
 class runtime:
     getDeviceCount = staticmethod(lambda: {count})
 """
-INFO = """
+DRIVER = """
 devices = lambda: ["stand-in"]
-driver_version = driver_cuda_version = nvrtc_version = lambda: "1.0"
+driver_version = driver_cuda_version = lambda: "1.0"
+"""
+INFO = """
+nvrtc_version = lambda: "1.0"
 framework_versions = lambda: {"numpy": "2.0"}
 """
 GPU_TESTS = """
@@ -52,6 +55,7 @@ class Tree:
             self.write(f"tests/{name}.py", (receipt.ROOT / f"tests/{name}.py").read_text())
         shutil.copy(receipt.ROOT / "pyproject.toml", root)
         self.write("cupy_paged/__init__.py", "")
+        self.write("cupy_paged/driver.py", DRIVER)
         self.write("cupy_paged/info.py", INFO)
         self.write("cupy_paged/compiler.py", "sources_digest = lambda: 'kernels'\n")
         self.write("kernels/one.cu", "// one\n")
