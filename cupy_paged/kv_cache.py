@@ -18,7 +18,7 @@ from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
 from cupy_paged.dtypes import FLOATS
 from cupy_paged.host_copies import HostCopies
-from cupy_paged.one_thread import Turn, one_thread
+from cupy_paged.one_thread import Turn, one_thread, two_threads
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
 from cupy_paged.streams import held_stream
 
@@ -286,7 +286,6 @@ class PagedKVCache:
         self._num_taken_back = self.pool.num_taken_back
         return self._batch
 
-    @one_thread
     def write(self, layer: int, key: Any, value: Any, batch: Batch, *, stream: Any = None) -> None:
         """Puts the keys and values of a batch's tokens into one layer.
 
@@ -297,6 +296,17 @@ class PagedKVCache:
         capture it does not: nothing has run then. A written batch may be written again, but for one
         of which a sequence was freed, truncated or offloaded since: ValueError.
         """
+        lock = self._turn.lock
+        if not lock.acquire(False):
+            raise two_threads("write")
+        try:
+            self._write(layer, key, value, batch, stream)
+        finally:
+            lock.release()
+
+    # Every layer calls `write` and `attend`: to decorate them would take three times as long.
+
+    def _write(self, layer: int, key: Any, value: Any, batch: Batch, stream: Any) -> None:
         self._check_batch(layer, batch)
         is_written = len(self._layers_written) == self.num_layers
         if is_written and self._num_taken_back != self.pool.num_taken_back:
@@ -319,7 +329,6 @@ class PagedKVCache:
             if len(self._layers_written) == self.num_layers:
                 self.commit(batch)
 
-    @one_thread
     def attend(self, layer: int, query: Any, batch: Batch, **options: Any) -> Any:
         """Attention of a batch's rows over one layer: `paged_attention`, and its options.
 
@@ -328,6 +337,15 @@ class PagedKVCache:
 
         `write` the layer first, or fill it by a writer of your own: what lies there is attended to.
         """
+        lock = self._turn.lock
+        if not lock.acquire(False):
+            raise two_threads("attend")
+        try:
+            return self._attend(layer, query, batch, options)
+        finally:
+            lock.release()
+
+    def _attend(self, layer: int, query: Any, batch: Batch, options: dict[str, Any]) -> Any:
         self._check_batch(layer, batch)
         for name in options:
             if name in _GIVEN_BY_ATTEND:
@@ -356,8 +374,7 @@ class PagedKVCache:
 
         Raises ValueError for a batch of another cache.
         """
-        _check_is_batch(batch)
-        if batch is not self._batch:
+        if batch is not self._batch or batch is None:
             self._check_is_ours(batch)
         for sequence, end, version in batch.ends:
             if sequence.pool is self.pool and sequence.version == version:
@@ -453,16 +470,18 @@ class PagedKVCache:
         )
 
     def _check_batch(self, layer: int, batch: Batch) -> None:
-        _check_is_batch(batch)
-        checks.is_int(layer, "layer", 0, self.num_layers - 1)
-        if batch is not self._batch:
+        if type(layer) is not int or not 0 <= layer < self.num_layers:  # is_int takes longer
+            checks.is_int(layer, "layer", 0, self.num_layers - 1)
+        if batch is not self._batch or batch is None:
             self._check_is_ours(batch)
             raise ValueError(
                 "batch: is over; another one was taken since, or append, offload or restore had "
                 "blocks copied; needs to be taken anew"
             )
 
-    def _check_is_ours(self, batch: Batch) -> None:
+    def _check_is_ours(self, batch: Any) -> None:
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batch: got {type(batch).__name__}, needs what batch() has returned")
         for sequence, _, _ in batch.ends:
             if sequence.pool not in (self.pool, None):  # None: freed, and nobody's
                 raise ValueError("batch: is another cache's, needs to be of this one's batch()")
@@ -533,11 +552,6 @@ class PagedKVCache:
     def _await_host_copies(self, stream: int, *, reads: np.ndarray, writes: np.ndarray) -> None:
         if self._host is not None:
             self._host.be_awaited(stream, reads=reads, writes=writes)
-
-
-def _check_is_batch(batch: Any) -> None:
-    if not isinstance(batch, Batch):
-        raise TypeError(f"batch: got {type(batch).__name__}, needs what batch() has returned")
 
 
 def _check_rows(name: str, x: Any, num_rows: int, of_what: str) -> None:

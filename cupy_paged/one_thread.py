@@ -47,11 +47,8 @@ def one_thread(
     @functools.wraps(method)
     def alone(self: _Self, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         lock = self._turn.lock
-        if not lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"cache: used by two threads at once, in {method.__name__}; needs a lock of yours, "
-                "held by one of them from batch to commit, or a cache for each"
-            )
+        if not lock.acquire(False):
+            raise two_threads(method.__name__)
         try:
             return method(self, *arguments, **options)
         finally:
@@ -60,9 +57,17 @@ def one_thread(
     return alone
 
 
+def two_threads(what: str) -> RuntimeError:
+    """The error of a call that finds another thread inside."""
+    return RuntimeError(
+        f"cache: used by two threads at once, in {what}; needs a lock of yours, held by one of "
+        "them from batch to commit, or a cache for each"
+    )
+
+
 def _renew_in_child() -> None:
     for turn in _turns:
-        if turn.lock.acquire(blocking=False):
+        if turn.lock.acquire(False):
             turn.lock.release()
         else:  # the thread that is inside stayed behind in the parent
             turn.lock = threading.RLock()

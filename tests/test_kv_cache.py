@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 import xml.etree.ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,8 +335,11 @@ def test_wrong_batches():
     ):
         with pytest.raises(ValueError, match=r"^batch: is another cache's"):
             call()
-    with pytest.raises(TypeError, match=r"^batch: got list, needs what batch\(\) has returned"):
-        cache.commit([first])
+    for wrong, kind in (([first], "list"), (None, "NoneType")):
+        for call in (lambda c, b: c.attend(0, ones(1), b), PagedKVCache.commit):
+            for at in (cache, new()):
+                with pytest.raises(TypeError, match=rf"^batch: got {kind}, needs what batch"):
+                    call(at, wrong)
     assert first.num_pending == 5
     with pytest.raises(ValueError, match="layer: got 1, needs at most 0"):
         cache.attend(1, ones(1), batch)
@@ -369,33 +373,33 @@ def test_attend_gives_what_it_has_of_its_own(name, value, whose):
 
 @pytest.fixture
 def inside(monkeypatch):
-    """A function: the cache, while another thread is inside of its `attend`."""
+    """`begin` holds another thread inside of a cache's `attend`; `end` gives what it returned."""
     entered, leave = threading.Event(), threading.Event()
-    attend, results = kv_cache.paged_attention, []
+    attend, results, threads = kv_cache.paged_attention, [], []
 
     def wait(*arguments, **options):
-        entered.set()
-        assert leave.wait(60)
+        if not entered.is_set():
+            entered.set()
+            assert leave.wait(60)
         return attend(*arguments, **options)
 
-    monkeypatch.setattr(kv_cache, "paged_attention", wait)
+    def begin(cache, batch):
+        def work():
+            results.append(cache.attend(0, ones(1), batch))
 
-    def held(cache, batch):
-        thread.append(
-            threading.Thread(target=lambda: results.append(cache.attend(0, ones(1), batch)))
-        )
-        thread[0].start()
+        threads.append(threading.Thread(target=work))
+        threads[0].start()
         assert entered.wait(60)
 
     def end():
         leave.set()
-        thread[0].join()
+        for thread in threads:
+            thread.join()
         return results
 
-    thread = []
-    held.end = end
-    yield held
-    leave.set()
+    monkeypatch.setattr(kv_cache, "paged_attention", wait)
+    yield SimpleNamespace(begin=begin, end=end)
+    end()
 
 
 def test_a_second_thread_is_refused_while_one_is_inside(inside):
@@ -405,7 +409,7 @@ def test_a_second_thread_is_refused_while_one_is_inside(inside):
     batch = cache.batch([sequence])
     cache.write(0, ones(6), ones(6), batch)
     before = repr(cache)
-    inside(cache, batch)
+    inside.begin(cache, batch)
     calls = {
         "add": lambda: cache.add([1]),
         "append": lambda: cache.append(waiting, [1]),
@@ -514,8 +518,7 @@ def test_threads_that_take_turns_get_what_they_wrote(often):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_a_cache_that_a_thread_was_in_at_a_fork_works_in_the_child(inside):
     cache = new()
-    batch = cache.batch([cache.add([1])])
-    inside(cache, batch)
+    inside.begin(cache, cache.batch([cache.add([1])]))
     assert first_calls.in_child(lambda: len(cache.add(range(3)))) == 3
     with pytest.raises(RuntimeError, match="used by two threads"):
         cache.add(range(3))

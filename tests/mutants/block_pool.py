@@ -258,8 +258,8 @@ MUTANTS = (
     Mutant(
         "a thread attends while another one takes a batch",
         "cupy_paged/kv_cache.py",
-        "    @one_thread\n    def attend(",
-        "    def attend(",
+        'if not lock.acquire(False):\n            raise two_threads("attend")\n',
+        "lock = type(lock)()\n        lock.acquire()\n",
         KV_CACHE,
     ),
     Mutant(
