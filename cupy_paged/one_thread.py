@@ -1,7 +1,7 @@
 """Objects that one thread at a time may use: calls that overlap are errors, and not wrong results.
 
-Nobody waits. A lock around each call would keep calls apart, and yet let the steps of two threads
-mix: the results would be wrong as before.
+Nobody waits: a call that came in between those of another thread's step would end that step, so
+that to wait for its turn only puts the error off.
 """
 
 from __future__ import annotations
