@@ -157,12 +157,14 @@ def _reader(kind: type) -> Callable[[Any, str, int | None], Array] | None:
 _ONE_DTYPE = {
     "block_tables": "int32", "seq_lens": "int32", "cu_seq_lens": "int32", "seq_starts": "int32",
     "slot_mapping": "int64", "block_mapping": "int64", "alibi_slopes": "float32",
+    "scale": "float32", "k_scale": "float32", "v_scale": "float32", "output_scale": "float32",
 }  # fmt: skip
 
 
 def _checked_dtype(dtype: str, name: str) -> str:
     if dtype not in STORAGE:
-        needs = _ONE_DTYPE.get(name, f"{', '.join(FLOATS)}, or fp8 where the argument allows it")
+        which = name.partition("[")[0]  # of a list, for each layer one
+        needs = _ONE_DTYPE.get(which, f"{', '.join(FLOATS)}, or fp8 where the argument allows it")
         raise TypeError(f"{name}: dtype {dtype} is not supported, needs {needs}")
     return dtype
 

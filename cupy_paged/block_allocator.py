@@ -21,10 +21,15 @@ class OutOfBlocks(MemoryError):
     free      blocks that the pool could give, kept ones included
     total     blocks of the pool
     kind      "cache", or "host" for blocks that sequences are offloaded to
+    remedy    the end of the message: who could give blocks back
     """
 
-    def __init__(self, needed: int, free: int, total: int, kind: str = "cache") -> None:
-        super().__init__(f"out of {kind} blocks: {needed} needed, {free} free, {total} in all")
+    def __init__(
+        self, needed: int, free: int, total: int, kind: str = "cache", remedy: str = ""
+    ) -> None:
+        super().__init__(
+            f"out of {kind} blocks: {needed} needed, {free} free, {total} in all{remedy}"
+        )
         self.needed, self.free, self.total, self.kind = needed, free, total, kind
 
 
@@ -54,6 +59,7 @@ class BlockAllocator:
     evicting    called with a kept block before it is given up
     dead        called with each block whose contents nobody can want any more
     kind        what errors call the blocks
+    remedy      called for the end of the message of OutOfBlocks
 
     What raises has changed nothing.
     """
@@ -65,12 +71,13 @@ class BlockAllocator:
         evicting: Callable[[int], None] = lambda block: None,
         dead: Callable[[int], None] = lambda block: None,
         kind: str = "cache",
+        remedy: Callable[[], str] = lambda: "",
     ) -> None:
         self.num_blocks = num_blocks = checks.is_int(num_blocks, "num_blocks", 1)
         self.kind = kind
         self.num_shared = 0
         self.num_evictions = 0
-        self._evicting, self._dead = evicting, dead
+        self._evicting, self._dead, self._remedy = evicting, dead, remedy
         self._refs = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._worth_keeping = [False] * num_blocks
@@ -129,7 +136,7 @@ class BlockAllocator:
             raise NeverFits(count, self.num_blocks, kind=self.kind)
         free = self.num_available - reviving
         if count > free:
-            raise OutOfBlocks(count, free, self.num_blocks, self.kind)
+            raise OutOfBlocks(count, free, self.num_blocks, self.kind, self._remedy())
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more holder for each of the blocks, which are used or kept.

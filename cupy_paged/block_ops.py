@@ -94,7 +94,7 @@ def copy_blocks(
     checks.same_place(caches, first)
     for a in caches:
         checks.runs_forward(a)
-        checks.is_writable(a, checks.CACHE_BESIDE_JAX)
+        checks.is_writable(a, checks.CACHE_OF_JAX)
     sizes = [_block_bytes(a) for a in caches]
     block_bytes = sizes[0]
     for a, size in zip(caches, sizes, strict=True):

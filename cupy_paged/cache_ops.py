@@ -189,7 +189,7 @@ def _reshape_and_cache(
             f"value_cache: dtype {caches[1].dtype} does not match key_cache's {caches[0].dtype}"
         )
     for a in caches:
-        checks.is_writable(a, checks.CACHE_BESIDE_JAX)
+        checks.is_writable(a, checks.CACHE_OF_JAX)
     cache = geometry(layout, *caches, cache_dtype)
     if key.shape[1:] != (cache.num_kv_heads, cache.head_size):
         raise ValueError(

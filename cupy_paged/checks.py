@@ -15,7 +15,8 @@ from cupy_paged.dtypes import itemsize
 from cupy_paged.overlap import sharing
 
 CACHE_BESIDE_JAX = "keep the cache in a CuPy, torch or NumPy array, and share it with JAX by DLPack"
-"""What to do instead of writing into a cache of JAX's, for `is_writable`."""
+CACHE_OF_JAX = f"{CACHE_BESIDE_JAX}, or let cupy_paged.interop.jax_ops write it"
+"""What to do instead of writing into memory of JAX's, for `is_writable`."""
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LEAST_SCALE = np.finfo(np.float32).tiny  # kernels take what is below for 0, and divide by it
@@ -39,7 +40,10 @@ def has_dims(a: Array, meaning: str) -> None:
 def is_dtype(a: Array, *allowed: str) -> None:
     """Raises TypeError unless `a` has one of the dtypes."""
     if a.dtype not in allowed:
-        raise TypeError(f"{a.name}: dtype {a.dtype}, needs {' or '.join(allowed)}")
+        needs = " or ".join(allowed)
+        if a.framework == "jax" and (a.dtype, needs) == ("int32", "int64"):
+            needs += ", which JAX has with jax_enable_x64; cupy_paged.interop.jax_ops takes int32"
+        raise TypeError(f"{a.name}: dtype {a.dtype}, needs {needs}")
 
 
 def is_packed(a: Array, first_dim: int = 0) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,11 +18,17 @@ from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
 from cupy_paged.dtypes import FLOATS
 from cupy_paged.host_copies import HostCopies
+from cupy_paged.one_thread import Turn, one_thread, two_threads
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
 from cupy_paged.streams import held_stream
 
 _SMALLEST_BUFFERS = 16
 _NONE = np.empty(0, np.int64)
+_GIVEN_BY_ATTEND = {
+    "key_cache": "cache", "value_cache": "cache", "layout": "cache", "kv_cache_dtype": "cache",
+    "k_scale": "cache", "v_scale": "cache", "block_tables": "batch", "seq_lens": "batch",
+}  # fmt: skip
+"""Arguments of `paged_attention`, and whose they are."""
 
 
 class PagedKVCache:
@@ -60,6 +66,10 @@ class PagedKVCache:
     A step: `append` what is to be computed, take a `batch`, `write` and `attend` in each layer.
     JAX arrays are immutable and cannot hold a cache, but keys, values and queries may be JAX's over
     a cache of CuPy's, or torch's: `write` and `attend` run on their framework's stream.
+
+    One thread at a time: calls that overlap are a RuntimeError. Threads that take turns need a lock
+    of yours, held from `batch` to `commit`, or to the last `attend`. A cache can be neither copied
+    nor pickled.
 
     Raises ValueError or TypeError for what does not fit together.
     """
@@ -100,6 +110,7 @@ class PagedKVCache:
             if bound is not None:
                 checks.is_int(bound, name, 1)
         checks.is_int(num_host_blocks, "num_host_blocks", 0)
+        self._turn = Turn()
         self._leader = leader_of(like, framework, device)
         self.dtype = dtype_of(dtype, self._leader, framework)
         self.layout = layout
@@ -144,6 +155,7 @@ class PagedKVCache:
 
     # ---- sequences ----
 
+    @one_thread
     def add(self, tokens: Iterable[int] = (), *, count: int = 0, salt: Hashable = None) -> Sequence:
         """A new sequence, with room for its tokens.
 
@@ -158,10 +170,12 @@ class PagedKVCache:
         """
         return self.pool.add(tokens, count=count, salt=salt)
 
+    @one_thread
     def append(self, sequence: Sequence, tokens: Iterable[int] = (), *, count: int = 0) -> None:
         """Room for more tokens at the end of a sequence; arguments and errors as of `add`."""
         self.pool.append(sequence, tokens, count=count)
 
+    @one_thread
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens, in the same blocks until one of the two goes on.
 
@@ -169,10 +183,12 @@ class PagedKVCache:
         """
         return self.pool.fork(sequence)
 
+    @one_thread
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Takes back all but the first `num_tokens` tokens."""
         self.pool.truncate(sequence, num_tokens)
 
+    @one_thread
     def free(self, sequence: Sequence) -> None:
         """Ends a sequence. Its full blocks are kept to be found again while there is room.
 
@@ -180,6 +196,7 @@ class PagedKVCache:
         """
         self.pool.free(sequence)
 
+    @one_thread
     def offload(self, sequence: Sequence) -> None:
         """Moves a sequence to the host, and frees its blocks: it waits there for `restore`.
 
@@ -199,6 +216,7 @@ class PagedKVCache:
         self._check_outside_of_capture("offload", *self._streams())
         self.pool.offload(sequence)
 
+    @one_thread
     def restore(self, sequence: Sequence) -> None:
         """Brings an offloaded sequence back, into new blocks.
 
@@ -215,6 +233,7 @@ class PagedKVCache:
 
     # ---- steps ----
 
+    @one_thread
     def batch(
         self,
         sequences: Collection[Sequence],
@@ -277,6 +296,17 @@ class PagedKVCache:
         capture it does not: nothing has run then. A written batch may be written again, but for one
         of which a sequence was freed, truncated or offloaded since: ValueError.
         """
+        lock = self._turn.lock
+        if not lock.acquire(False):
+            raise two_threads("write")
+        try:
+            self._write(layer, key, value, batch, stream)
+        finally:
+            lock.release()
+
+    # Every layer calls `write` and `attend`: to decorate them would take three times as long.
+
+    def _write(self, layer: int, key: Any, value: Any, batch: Batch, stream: Any) -> None:
         self._check_batch(layer, batch)
         is_written = len(self._layers_written) == self.num_layers
         if is_written and self._num_taken_back != self.pool.num_taken_back:
@@ -302,11 +332,25 @@ class PagedKVCache:
     def attend(self, layer: int, query: Any, batch: Batch, **options: Any) -> Any:
         """Attention of a batch's rows over one layer: `paged_attention`, and its options.
 
-        query    [num_rows, num_heads, head_size]
+        query      [num_rows, num_heads, head_size]
+        options    all but the cache's scales and layout, and the batch's tables and lengths
 
         `write` the layer first, or fill it by a writer of your own: what lies there is attended to.
         """
+        lock = self._turn.lock
+        if not lock.acquire(False):
+            raise two_threads("attend")
+        try:
+            return self._attend(layer, query, batch, options)
+        finally:
+            lock.release()
+
+    def _attend(self, layer: int, query: Any, batch: Batch, options: dict[str, Any]) -> Any:
         self._check_batch(layer, batch)
+        for name in options:
+            if name in _GIVEN_BY_ATTEND:
+                whose = _GIVEN_BY_ATTEND[name]
+                raise TypeError(f"{name}: is the {whose}'s own, needs to be left out")
         _check_rows("query", query, len(batch.seq_lens), "rows: each_token has one for each token")
         dtype, k_scale, v_scale = self._storage(layer)
         try:
@@ -319,13 +363,19 @@ class PagedKVCache:
             self._check_beside_cache("query", query)
             raise
 
+    @one_thread
     def commit(self, batch: Batch) -> None:
         """Says that a batch is written in all layers: its tokens are pending no more.
 
         Only then can other sequences find its full blocks. `write` does this by itself; after the
-        replay of a CUDA graph, or with writers of your own, call it. A sequence that was freed,
+        replay of a CUDA graph, or with writers of your own, call it: it believes that all layers
+        were written, and what was not is found and read as if it were. A sequence that was freed,
         truncated or offloaded since is left out.
+
+        Raises ValueError for a batch of another cache.
         """
+        if batch is not self._batch or batch is None:
+            self._check_is_ours(batch)
         for sequence, end, version in batch.ends:
             if sequence.pool is self.pool and sequence.version == version:
                 self.pool.commit(sequence, end)
@@ -372,6 +422,9 @@ class PagedKVCache:
         """Framework and device, such as "torch on cuda:0"."""
         return f"{self._leader.framework} on {self._leader.place}"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cache: can be neither copied nor pickled: it alone knows its blocks")
+
     def __repr__(self) -> str:
         return cache_picture.text(self)
 
@@ -417,13 +470,21 @@ class PagedKVCache:
         )
 
     def _check_batch(self, layer: int, batch: Batch) -> None:
+        if type(layer) is not int or not 0 <= layer < self.num_layers:  # is_int takes longer
+            checks.is_int(layer, "layer", 0, self.num_layers - 1)
+        if batch is not self._batch or batch is None:
+            self._check_is_ours(batch)
+            raise ValueError(
+                "batch: is over; another one was taken since, or append, offload or restore had "
+                "blocks copied; needs to be taken anew"
+            )
+
+    def _check_is_ours(self, batch: Any) -> None:
         if not isinstance(batch, Batch):
             raise TypeError(f"batch: got {type(batch).__name__}, needs what batch() has returned")
-        checks.is_int(layer, "layer", 0, self.num_layers - 1)
-        if batch is not self._batch:
-            raise ValueError(
-                "batch: is over; another one, or copies made early, have taken its place"
-            )
+        for sequence, _, _ in batch.ends:
+            if sequence.pool not in (self.pool, None):  # None: freed, and nobody's
+                raise ValueError("batch: is another cache's, needs to be of this one's batch()")
 
     def _check_beside_cache(self, name: str, x: Any) -> None:
         """Raises where an op would name `key_cache`, which is no argument of the caller's."""

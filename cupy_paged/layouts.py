@@ -118,9 +118,11 @@ def _match(name: str, key_cache: Array, expected: int, value_cache: Array, got: 
 
 def _needs_dims(a: Array, dims: int, layout: str) -> None:
     if len(a.shape) != dims:
+        is_pair = len(a.shape) == dims + 1 and a.shape[0] == 2  # as vLLM has them
         raise ValueError(
             f"{a.name}: shape {a.shape} has {len(a.shape)} dimensions, "
             f'needs {dims} in layout "{layout}"'
+            + ("; keys and values in one array? give kv[0] and kv[1]" if is_pair else "")
         )
 
 

@@ -93,7 +93,7 @@ def concat_and_cache_mla(
         raise TypeError(f"k_pe: dtype {rotary.dtype} does not match kv_c's {latent.dtype}")
     cache_dtype = kv_cache_dtype_name(kv_cache_dtype, cache.dtype, latent.dtype, "kv_cache")
     checks.has_dims(cache, "[num_blocks, block_size, kv_lora_rank + pe_dim]")
-    checks.is_writable(cache, checks.CACHE_BESIDE_JAX)
+    checks.is_writable(cache, checks.CACHE_OF_JAX)
     checks.is_packed(cache, 2)
     num_blocks, block_size, width = cache.shape
     if width != rank + pe_dim:

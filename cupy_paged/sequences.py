@@ -121,7 +121,9 @@ class SequencePool:
         num_host_blocks: int = 0,
     ) -> None:
         self.block_size = block_size
-        self.allocator = BlockAllocator(num_blocks, evicting=self._evicting, dead=dead)
+        self.allocator = BlockAllocator(
+            num_blocks, evicting=self._evicting, dead=dead, remedy=self._remedy
+        )
         self.max_blocks = num_blocks if max_blocks is None else min(max_blocks, num_blocks)
         self.index = PrefixIndex(block_size)
         self.prefix_caching = prefix_caching
@@ -326,6 +328,11 @@ class SequencePool:
 
     def _evicting(self, block: int) -> None:
         self.allocator.forget(b for b in self.index.remove(block) if b != block)
+
+    def _remedy(self) -> str:
+        holders = sum(len(sequence.blocks) > 0 for sequence in self.sequences)
+        who = "1 sequence" if holders == 1 else f"{holders} sequences"
+        return f"; held by {who}: free {'or offload ' if self.host else ''}one"
 
     def _num_blocks(self, num_tokens: int) -> int:
         needed = -(-num_tokens // self.block_size)

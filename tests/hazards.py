@@ -594,6 +594,16 @@ ALLOCATOR = (
         "A batch on its way to the device is overwritten by the next one",
         ("test_kv_cache.py::test_staging_sends_rows_and_never_overwrites_what_is_on_its_way",),
     ),
+    Hazard(
+        "Two threads step one cache, and read each other's batches",
+        (
+            "test_kv_cache.py::test_a_second_thread_is_refused_while_one_is_inside",
+            "test_kv_cache.py::test_threads_whose_steps_mix_get_errors_and_no_wrong_numbers",
+            "test_kv_cache.py::test_threads_that_take_turns_get_what_they_wrote",
+            "test_kv_cache.py::test_a_cache_that_a_thread_was_in_at_a_fork_works_in_the_child",
+        ),
+        "writers of one's own and replays of graphs, which read a batch by themselves",
+    ),
 )
 
 MERGE = (

@@ -98,6 +98,9 @@ ATTENTION = [
     ("caches have no KV heads", caches(3, 0, 16, 64), ValueError, r"^key_cache: shape \(3, 0, 16, 64\) has no KV heads"),
     ("x is 4", vllm((3, 2, 16, 16, 4), (3, 2, 64, 16)), ValueError, r"^key_cache: x .* is 4, needs 8 .*float16"),
     ("a vllm key_cache has 4 dimensions", to(layout="vllm"), ValueError, '^key_cache: .* 4 dimensions, needs 5 .*"vllm"'),
+    ("keys and values are one array", lambda g: {**caches(2, 3, 2, 16, 64)(g), "layout": None}, ValueError, r'^value_cache: .* 5 dimensions, needs 4 in layout "vllm"; .* give kv\[0\] and kv\[1\]$'),
+    ("keys and values are one array, of HND", caches(2, 3, 2, 16, 64), ValueError, r"^key_cache: .* needs 4 .* give kv\[0\] and kv\[1\]$"),
+    ("caches have 5 dimensions", caches(3, 2, 8, 16, 8), ValueError, '^key_cache: .* 5 dimensions, needs 4 in layout "HND"$'),
     ("a vllm value_cache has 5", vllm((3, 2, 8, 16, 8), (3, 2, 8, 16, 8)), ValueError, "^value_cache: .* 5 dimensions, needs 4"),
     ("vllm block sizes differ", vllm((3, 2, 8, 16, 8), (3, 2, 64, 32)), ValueError, "^value_cache: block_size 32 does not match key_cache's 16"),
     ("vllm head sizes differ", vllm((3, 2, 8, 16, 8), (3, 2, 72, 16)), ValueError, "^value_cache: head_size 72 does not match key_cache's 64"),
@@ -637,6 +640,22 @@ def test_a_mask_is_not_ignored(operator, name, tally):
     with pytest.raises(TypeError, match=rf"^{name}: got MaskedArray, .* pass x\.filled\("):
         getattr(cupy_paged, operator)(**given)
     tally("wrong calls", 1)
+
+
+def test_jax_is_told_how_to_write():
+    jnp = pytest.importorskip("jax.numpy")
+    given = GOOD["reshape_and_cache_flash"]()
+    slots = jnp.asarray(given["slot_mapping"].astype(np.int32))
+    words = (
+        r"^slot_mapping: dtype int32, needs int64, which JAX has with jax_enable_x64; "
+        r"cupy_paged\.interop\.jax_ops takes int32$"
+    )
+    with pytest.raises(TypeError, match=words):
+        cupy_paged.reshape_and_cache_flash(**{**given, "slot_mapping": slots})
+    given["key_cache"] = jnp.asarray(given["key_cache"])
+    words = r"^key_cache: is a jax\.Array, which is immutable; .* cupy_paged\.interop\.jax_ops "
+    with pytest.raises(TypeError, match=words):
+        cupy_paged.reshape_and_cache_flash(**given)
 
 
 def test_flash_caches_of_which_no_shape_tells_the_layout_are_vllms():

@@ -266,6 +266,11 @@ def test_out_of_blocks_says_how_many():
     with pytest.raises(OutOfBlocks, match="3 needed, 1 free, 4 in all") as caught:
         pool.add(range(10, 16))
     assert (caught.value.needed, caught.value.free, caught.value.total) == (3, 1, 4)
+    assert str(caught.value).endswith(" 4 in all; held by 1 sequence: free one")
+    pool.add([7])
+    pool.add()  # holds nothing
+    with pytest.raises(OutOfBlocks, match=r"; held by 2 sequences: free one$"):
+        pool.append(first, range(2))
     with pytest.raises(NeverFits, match="5 cache blocks needed, 4 in all"):
         pool.add(range(9))
     with pytest.raises(NeverFits):
@@ -417,7 +422,11 @@ def test_what_an_offloaded_sequence_cannot_do():
     with pytest.raises(NeverFits, match="can never fit: 3 host blocks needed, 2 in all"):
         pool.offload(written(pool, range(200, 210)))
     pool.add(range(300, 312))
-    with pytest.raises(OutOfBlocks, match="out of cache blocks: 1 needed, 0 free, 8 in all"):
+    words = (
+        r"out of cache blocks: 1 needed, 0 free, 8 in all; "
+        r"held by \d sequences?: free or offload one$"
+    )
+    with pytest.raises(OutOfBlocks, match=words):
         pool.restore(sequence)
     with pytest.raises(ValueError, match="num_host_blocks: is 0"):
         pool = SequencePool(8, 4)

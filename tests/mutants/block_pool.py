@@ -256,6 +256,27 @@ MUTANTS = (
         KV_CACHE,
     ),
     Mutant(
+        "a thread attends while another one takes a batch",
+        "cupy_paged/kv_cache.py",
+        'if not lock.acquire(False):\n            raise two_threads("attend")\n',
+        "lock = type(lock)()\n        lock.acquire()\n",
+        KV_CACHE,
+    ),
+    Mutant(
+        "a cache that a thread was in at a fork is of no use in the child",
+        "cupy_paged/one_thread.py",
+        "            turn.lock = threading.RLock()",
+        "            pass",
+        KV_CACHE,
+    ),
+    Mutant(
+        "a call that raised keeps its thread inside",
+        "cupy_paged/one_thread.py",
+        "        try:\n            return method(self, *arguments, **options)\n        finally:\n            lock.release()\n",
+        "        result = method(self, *arguments, **options)\n        lock.release()\n        return result\n",
+        KV_CACHE,
+    ),
+    Mutant(
         "copies of a step come after its batch",
         "cupy_paged/kv_cache.py",
         "        self._copy_now(stream)\n        written",

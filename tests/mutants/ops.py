@@ -205,6 +205,13 @@ MUTANTS = (
         ERRORS,
     ),
     Mutant(
+        "a batch of another cache is taken for an old one",
+        "cupy_paged/kv_cache.py",
+        "if sequence.pool not in (self.pool, None):",
+        "if sequence.pool is None:",
+        "tests/test_kv_cache.py",
+    ),
+    Mutant(
         "a cache's users are told of arrays that they never gave",
         "cupy_paged/kv_cache.py",
         '            self._check_beside_cache("query", query)\n',

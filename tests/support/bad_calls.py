@@ -218,6 +218,7 @@ def bad_scales(name):
         ("has 2 elements", np.ones(2, np.float32), ValueError, r"\(2,\).*one element"),
         ("has no element", np.ones(0, np.float32), ValueError, r"\(0,\).*one element"),
         ("is float16", np.ones(1, np.float16), TypeError, "float16.*float32"),
+        ("is float64", np.ones(1), TypeError, "float64 is not supported, needs float32$"),
         ("is an array of 0", np.zeros(1, np.float32), ValueError, "0.0.*positive"),
         ("is an array of -1", np.full(1, -1, np.float32), ValueError, "-1.0.*positive"),
         ("is an array of NaN", np.full(1, np.nan, np.float32), ValueError, "nan.*finite"),

@@ -1,0 +1,76 @@
+"""Objects that one thread at a time may use: calls that overlap are errors, and not wrong results.
+
+Nobody waits: a call that came in between those of another thread's step would end that step, so
+that to wait for its turn only puts the error off.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from cupy_paged import gpu
+
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+class Turn:
+    """Held by the thread that is inside an object.
+
+    It may come in again: methods call each other, and a finalizer may run in the middle of one.
+    """
+
+    __slots__ = ("__weakref__", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        _turns.add(self)
+
+
+class _HasTurn(Protocol):
+    _turn: Turn
+
+
+_Self = TypeVar("_Self", bound=_HasTurn)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def one_thread(
+    method: Callable[Concatenate[_Self, _Arguments], _Result],
+) -> Callable[Concatenate[_Self, _Arguments], _Result]:
+    """Makes a method refuse a thread while another one is in a method of the same `_turn`."""
+
+    @functools.wraps(method)
+    def alone(self: _Self, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+        lock = self._turn.lock
+        if not lock.acquire(False):
+            raise two_threads(method.__name__)
+        try:
+            return method(self, *arguments, **options)
+        finally:
+            lock.release()
+
+    return alone
+
+
+def two_threads(what: str) -> RuntimeError:
+    """The error of a call that finds another thread inside."""
+    return RuntimeError(
+        f"cache: used by two threads at once, in {what}; needs a lock of yours, held by one of "
+        "them from batch to commit, or a cache for each"
+    )
+
+
+def _renew_in_child() -> None:
+    for turn in _turns:
+        if turn.lock.acquire(False):
+            turn.lock.release()
+        else:  # the thread that is inside stayed behind in the parent
+            turn.lock = threading.RLock()
+
+
+gpu.in_forked_process(_renew_in_child)
