@@ -21,8 +21,9 @@ paged_attention_v1, paged_attention_v2, reshape_and_cache, reshape_and_cache_fla
 concat_and_cache_mla, copy_blocks and gather_cache return nothing, and write what their functions
 write.
 
-Tensors are read detached: no gradient flows through an op, and what it returns requires none.
-Autograd counts what is written, as with torch's own ops: to go back through what was saved before
+Tensors are read detached: no gradient flows through an op. Where one of them requires a gradient,
+and torch.no_grad() is not on, to go back through what an eager call returns is a RuntimeError;
+compiling is a warning then, and what the compiled op returns requires none. Autograd counts what is written, as with torch's own ops: to go back through what was saved before
 is a RuntimeError.
 
 While torch traces, an op only says what it returns. A wrong argument raises what the function
