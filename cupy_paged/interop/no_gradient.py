@@ -22,13 +22,18 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
+def followed(sources: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors that autograd follows at this moment; what is no tensor is passed over."""
+    if not torch.is_grad_enabled():
+        return []
+    return [x for x in sources if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
 def without_gradient(name: str, made: torch.Tensor, sources: Iterable[Any]) -> torch.Tensor:
     """The tensor itself, or, where autograd follows a source, a view whose backward is an error.
 
     name       what has made it, as the error calls it
-    sources    what it was made from: tensors count, all else is passed over
+    sources    what it was made from, tensors and others
     """
-    if not torch.is_grad_enabled():
-        return made
-    followed = [x for x in sources if isinstance(x, torch.Tensor) and x.requires_grad]
-    return _NoGradient.apply(name, made, *followed) if followed else made
+    tensors = followed(sources)
+    return _NoGradient.apply(name, made, *tensors) if tensors else made
