@@ -8,6 +8,9 @@ takes time in every call, compiled or not.
 A function between two graphs would still be compiled by itself, and so would those that it calls:
 what is left alone altogether, Dynamo keeps by folders. The truth of the attribute is asked for by
 Dynamo alone, while it traces, and before any of the functions runs: that is when it is told ours.
+
+Where torch.compile is given a public function itself, Dynamo asks for nothing until that one calls
+another. So those are marked, too, that the public ones call before they look into an array.
 """
 
 from __future__ import annotations
