@@ -196,6 +196,8 @@ def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[...,
 
     def run(*args: Any, **options: Any) -> Any:
         made = function(*args, **options)
+        if not torch.is_grad_enabled():  # asked for here, too, for the sake of time
+            return made
         sources = (*args, *options.values())
         if isinstance(made, tuple):
             return tuple(without_gradient(name, x, sources) for x in made)
