@@ -16,6 +16,7 @@ import numpy as np
 
 from cupy_paged import gpu
 from cupy_paged.dtypes import FLOATS, STORAGE, itemsize
+from cupy_paged.graph_breaks import breaks_graphs
 
 HOST = None
 """The device of an array in host memory; others are numbered by CUDA."""
@@ -67,6 +68,7 @@ class Array(NamedTuple):
         return bits & -bits
 
 
+@breaks_graphs
 def array(x: Any, name: str, stream: int | None = None) -> Array:
     """Describes `x`, without copying it.
 
@@ -109,6 +111,7 @@ def is_array(x: Any) -> bool:
     return _reader(type(x)) is not None
 
 
+@breaks_graphs
 def location(x: Any) -> tuple[str, int | None]:
     """The framework and the device of an array, before a stream is known on which to read it."""
     reader = _reader(type(x))

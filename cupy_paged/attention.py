@@ -19,11 +19,13 @@ from cupy_paged.attention_checks import (
 from cupy_paged.attention_gpu import attend_on_gpu
 from cupy_paged.attention_host import attend_on_host
 from cupy_paged.attention_kernels import BY_LENGTH
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.prepared import keep, repeat
 from cupy_paged.prepared_call import PreparedCall
 from cupy_paged.results import empty, hand_over
 
 
+@breaks_graphs
 def paged_attention(
     query: Any,
     key_cache: Any,
@@ -125,6 +127,7 @@ def paged_attention(
     return (result, hand_over(lse, call.query, call.stream)) if lse is not None else result
 
 
+@breaks_graphs
 def paged_attention_v1(
     out: Any,
     query: Any,
@@ -180,6 +183,7 @@ def paged_attention_v1(
     keep(query, settings, arrays, attend(call, check_out(call, out), None))
 
 
+@breaks_graphs
 def paged_attention_v2(
     out: Any,
     exp_sums: Any,

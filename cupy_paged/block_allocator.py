@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from cupy_paged import checks
+from cupy_paged.graph_breaks import breaks_graphs
 
 
 class OutOfBlocks(MemoryError):
@@ -46,6 +47,7 @@ class NeverFits(ValueError):
         self.needed, self.total, self.kind = needed, total, kind
 
 
+@breaks_graphs
 class BlockAllocator:
     """Hands out blocks 0 to num_blocks - 1. Every operation takes time for its own blocks alone.
 

@@ -15,6 +15,7 @@ from cupy_paged.arrays import HOST, META, Array, array, is_array, location
 from cupy_paged.block_runs import UNIT, access_width, copy_runs
 from cupy_paged.compiler import Kernel, template
 from cupy_paged.dtypes import itemsize
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.launch import ParamStruct, launch
 from cupy_paged.layouts import geometry
 from cupy_paged.streams import launch_stream, ordered
@@ -46,6 +47,7 @@ def copy_kernel(width: int) -> Kernel:
     return Kernel("copy_blocks.cu", template("copy_blocks", width, NUM_THREADS), NUM_THREADS)
 
 
+@breaks_graphs
 def copy_blocks(
     key_caches: list[Any] | tuple[Any, ...],
     value_caches: list[Any] | tuple[Any, ...],
@@ -195,6 +197,7 @@ def _filled(numbers: Iterable[int], length: int) -> list[int]:
     return found + [0] * (length - len(found))
 
 
+@breaks_graphs
 def swap_blocks(source: Any, destination: Any, block_mapping: Any, *, stream: Any = None) -> None:
     """Copies blocks from one array to another: of a GPU, or of pinned host memory.
 

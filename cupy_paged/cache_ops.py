@@ -20,6 +20,7 @@ from cupy_paged.dtypes import (
     itemsize,
     kv_cache_dtype_name,
 )
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.launch import ParamStruct, cache_strides, prepare, scale_fields
 from cupy_paged.layouts import CacheGeometry, fits_instead, geometry
 from cupy_paged.prepared import keep, repeat
@@ -50,6 +51,7 @@ CONVERT_PARAMS = ParamStruct(
 )
 
 
+@breaks_graphs
 def reshape_and_cache(
     key: Any,
     value: Any,
@@ -87,6 +89,7 @@ def reshape_and_cache(
     )  # fmt: skip
 
 
+@breaks_graphs
 def reshape_and_cache_flash(
     key: Any,
     value: Any,
@@ -282,6 +285,7 @@ def convert_kernel(input_dtype: str, output_dtype: str) -> Kernel:
     return Kernel("convert_fp8.cu", name, NUM_THREADS)
 
 
+@breaks_graphs
 def convert_fp8(
     output: Any, input: Any, scale: Any = 1.0, kv_dtype: str = "fp8", *, stream: Any = None
 ) -> None:

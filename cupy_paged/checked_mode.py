@@ -18,6 +18,7 @@ import numpy as np
 from cupy_paged import gpu
 from cupy_paged.arrays import HOST, Array
 from cupy_paged.dtypes import itemsize
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.streams import ordered
 
 _is_on = ContextVar(
@@ -28,6 +29,7 @@ is_on = _is_on.get
 """Whether calls of this context are checked."""
 
 
+@breaks_graphs
 @contextlib.contextmanager
 def checked(on: bool = True) -> Iterator[None]:
     """Checks the contents of index arrays, too, before each call inside the `with`.

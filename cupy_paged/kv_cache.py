@@ -17,6 +17,7 @@ from cupy_paged.cache_memory import CacheMemory
 from cupy_paged.cache_ops import reshape_and_cache, reshape_and_cache_flash
 from cupy_paged.cache_options import dtype_of, leader_of, scales_of
 from cupy_paged.dtypes import FLOATS
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.host_copies import HostCopies
 from cupy_paged.one_thread import Turn, one_thread, two_threads
 from cupy_paged.sequences import Sequence, SequencePool, Statistics
@@ -31,6 +32,7 @@ _GIVEN_BY_ATTEND = {
 """Arguments of `paged_attention`, and whose they are."""
 
 
+@breaks_graphs
 class PagedKVCache:
     """A paged cache of keys and values: arrays of all layers, one pool of blocks, its sequences.
 

@@ -10,6 +10,7 @@ from cupy_paged import checked_mode, checks, reference
 from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, FP8, itemsize, kv_cache_dtype_name
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.launch import ParamStruct, cache_strides, launch, scale_fields
 from cupy_paged.layouts import LAYOUTS, CacheGeometry, fits_instead, geometry
 from cupy_paged.streams import launch_stream, ordered
@@ -104,6 +105,7 @@ def layout_kernel(
     return Kernel("convert_layout.cu", name, NUM_THREADS)
 
 
+@breaks_graphs
 def gather_cache(
     key: Any,
     value: Any,
@@ -295,6 +297,7 @@ def _gather_on_gpu(
         launch(kernel, key.device, stream, work, params)
 
 
+@breaks_graphs
 def convert_layout(
     key_cache: Any,
     value_cache: Any,

@@ -12,6 +12,7 @@ from cupy_paged import checks, reference
 from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, decode, encode, itemsize
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.launch import ParamStruct, prepare, scale_fields
 from cupy_paged.prepared import keep, repeat
 from cupy_paged.prepared_call import PreparedCall
@@ -56,6 +57,7 @@ def merge_kernel(
     return Kernel("merge_attn_states.cu", name, NUM_THREADS)
 
 
+@breaks_graphs
 def merge_attn_states(
     output: Any,
     prefix_output: Any,

@@ -10,6 +10,7 @@ from cupy_paged import checked_mode, checks, reference
 from cupy_paged.arrays import HOST, META, Array, array
 from cupy_paged.compiler import Kernel, cpp, template
 from cupy_paged.dtypes import FLOATS, itemsize, kv_cache_dtype_name
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.launch import ParamStruct, launch, scale_fields
 from cupy_paged.streams import launch_stream, ordered
 
@@ -34,6 +35,7 @@ def concat_kernel(dtype: str, cache_dtype: str, width: int) -> Kernel:
     return Kernel("concat_and_cache_mla.cu", name, NUM_THREADS)
 
 
+@breaks_graphs
 def concat_and_cache_mla(
     kv_c: Any,
     k_pe: Any,

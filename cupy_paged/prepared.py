@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cupy_paged import checked_mode, gpu
+from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.prepared_call import PreparedCall
 
 MOST = 1024  # prepared calls; some KB each
@@ -45,6 +46,7 @@ gpu.in_forked_process(_kept.forget)
 _NO_CALL = None, None
 
 
+@breaks_graphs
 def repeat(
     leader: Any, settings: tuple[Any, ...], arrays: tuple[Any, ...], stream: Any
 ) -> list[Any] | None:

@@ -173,16 +173,21 @@ def test_masks_of_other_kinds(pair, rng):
         pair.ours(ids, attention_mask=mask, past_key_values=pair.cache())
 
 
-def test_attention_requires_no_gradient(pair):
-    query = pair.torch.ones(1, 4, 3, 16, requires_grad=True)
-    key = pair.torch.ones(1, 2, 3, 16, requires_grad=True)
+@pytest.mark.parametrize("followed", ["query", "key", "value"])
+def test_to_go_back_through_the_attention_is_an_error(pair, followed):
+    torch = pair.torch
+    given = {"query": torch.ones(1, 4, 3, 16), "key": torch.ones(1, 2, 3, 16)}
+    given["value"] = given["key"].clone()
+    given[followed].requires_grad_()
     module = SimpleNamespace(num_key_value_groups=2, training=False)
     cache = pair.cache()
-    for new in (slice(0, 2), slice(2, 3)):
+    for new in (slice(0, 2), slice(2, 3)):  # a prompt, and a step
+        query, key, value = (x[:, :, new] for x in given.values())
         for layer in range(3):
-            marked = cache.update(key[:, :, new], key[:, :, new], layer)
-            out, _ = hf_llama.interop().attention(module, query[:, :, new], *marked, None)
-            assert not out.requires_grad
+            marked = cache.update(key, value, layer)
+            out, _ = hf_llama.interop().attention(module, query, *marked, None)
+            with pytest.raises(RuntimeError, match=r"^backward: .* PagedCache, .*no_grad\(\)"):
+                out.sum().backward()
 
 
 def test_training_is_refused(pair):

@@ -21,9 +21,11 @@ paged_attention_v1, paged_attention_v2, reshape_and_cache, reshape_and_cache_fla
 concat_and_cache_mla, copy_blocks and gather_cache return nothing, and write what their functions
 write.
 
-Tensors are read detached: no gradient flows through an op, and what it returns requires none.
-Autograd counts what is written, as with torch's own ops: to go back through what was saved before
-is a RuntimeError.
+Tensors are read detached: no gradient flows through an op. Where one of them requires a gradient,
+outside of torch.no_grad(), to go back through what an eager call returns is a RuntimeError. What a
+compiled one returns requires none, and torch.compile then warns. What is written into a tensor of
+the caller's has no gradient. Autograd counts writes, as with torch's own ops: to go back through
+what was saved before is a RuntimeError.
 
 While torch traces, an op only says what it returns. A wrong argument raises what the function
 raises, when the compiled code runs; one of a type that the op does not take is a RuntimeError.
@@ -43,6 +45,7 @@ more than the function does. What is not compiled had better call the function.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +57,7 @@ except ImportError as error:
     ) from error
 
 import cupy_paged
+from cupy_paged.interop.no_gradient import followed, without_gradient
 
 NAMESPACE = "cupy_paged"
 
@@ -187,6 +191,36 @@ def _counting_writes(function: Callable[..., Any], schema: str) -> Callable[...,
     return run
 
 
+def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, through whose results nobody goes back without being told."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        made = function(*args, **options)
+        if not torch.is_grad_enabled():  # asked for here, too, for the sake of time
+            return made
+        sources = (*args, *options.values())
+        if isinstance(made, tuple):
+            return tuple(without_gradient(name, x, sources) for x in made)
+        return without_gradient(name, made, sources)
+
+    return run
+
+
+def _warning_of_gradients(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, which warns where compiled code would be silent: nothing of it is there then."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        if followed((*args, *options.values())):
+            warnings.warn(
+                f"no gradient flows through {name}, and a tensor requires one: needs "
+                "torch.no_grad() around the compiled call",
+                stacklevel=2,
+            )
+        return fake(*args, **options)
+
+    return run
+
+
 def _register() -> torch.library.Library:
     # torch.library.custom_op would say the same, with 8 us more of Python in every call.
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -195,11 +229,16 @@ def _register() -> torch.library.Library:
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     for name, (function, schema) in _OPS.items():
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+        run, fake = _counting_writes(function, schema), _fake_nothing
+        if name in _FAKES:
+            called = f"torch.ops.{NAMESPACE}.{name}"
+            run = _without_gradients(called, run)
+            fake = _warning_of_gradients(called, _FAKES[name])
         # For all devices: which ones it serves is for the function to say.
-        library.impl(name, _counting_writes(function, schema), "CompositeExplicitAutograd")
-        # The functions detach by themselves; torch's own guess is a gradient that nobody computes.
+        library.impl(name, run, "CompositeExplicitAutograd")
+        # A kernel of Python would take microseconds more in every call; torch's own guess is a
+        # gradient that nobody computes.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        fake = _FAKES.get(name, _fake_nothing)
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return library
 

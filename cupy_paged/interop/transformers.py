@@ -27,8 +27,9 @@ After that a token is a row of `paged_attention`, which reads all before it from
 a step when decoding, but as many as there are in what continues a cache, be it a next turn or a
 chunk of a prompt. Each step reads the attention mask on the host, and waits for it.
 
-No gradient flows through the attention: a model in training is refused one. The bookkeeping is on
-the host, so that torch.compile cannot take the model as a whole. Sliding windows, chunks, soft
+No gradient flows through the attention: a model in training is refused one, and with model.eval()
+and without torch.no_grad(), backward is a RuntimeError. The bookkeeping is on the host: a model in
+torch.compile has graph breaks around it, and gives the same tokens. Sliding windows, chunks, soft
 caps, sinks, biases, dropout, packed sequences, 4-d masks, attention weights as output and
 cross-attention are errors.
 """
@@ -55,6 +56,8 @@ except ImportError as error:
 from cupy_paged import checks
 from cupy_paged.batches import Batch
 from cupy_paged.cache_memory import storage_dtype
+from cupy_paged.graph_breaks import breaks_graphs
+from cupy_paged.interop.no_gradient import without_gradient
 from cupy_paged.kv_cache import PagedKVCache
 from cupy_paged.sequences import Sequence
 
@@ -87,6 +90,7 @@ class _Step(NamedTuple):
     layers: set[int]
 
 
+@breaks_graphs
 class PagedCache(Cache):
     """The keys and values of a batch, in blocks of a `PagedKVCache`; the module says more.
 
@@ -154,7 +158,7 @@ class PagedCache(Cache):
                 f"{layer_idx}: needs the config of the model"
             )
         self._handed_out = layer_idx
-        key = key_states.detach()  # a tensor of its own, to be marked
+        key = key_states.view_as(key_states)  # a tensor of its own, to be marked
         key.paged_cache = self
         return key, value_states
 
@@ -366,7 +370,7 @@ class PagedCache(Cache):
         )
 
 
-@torch.no_grad()
+@breaks_graphs
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -381,7 +385,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function "cupy_paged" of transformers, for keys that a `PagedCache` has marked.
 
-    Raises ValueError for what the ops cannot do, TypeError for a cache that is no `PagedCache`.
+    Raises ValueError for what the ops cannot do, TypeError for a cache that is no `PagedCache`. To
+    go back through what it returns is a RuntimeError.
     """
     cache = getattr(key, "paged_cache", None)
     if cache is None:
@@ -391,16 +396,22 @@ def attention(
         if options.get(name) is not None:
             raise ValueError(f'{name}: the model has it, "{NAME}" has not')
     if module.training and query.requires_grad:
-        raise ValueError("query: needs a gradient, and none flows through: model.eval()")
+        raise ValueError(
+            "query: needs a gradient, and none flows through a PagedCache; inference needs "
+            "model.eval() and torch.no_grad()"
+        )
     if dropout:
         raise ValueError(f"dropout: got {dropout}, needs 0.0: model.eval()")
     if output_attentions:
         raise ValueError(f'output_attentions: "{NAME}" computes no weights, "eager" does')
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f'is_causal: got False, "{NAME}" attends to what came before alone')
-    return cache.attend(module, layer, query, key, value, attention_mask, scaling), None
+    with torch.no_grad():
+        out = cache.attend(module, layer, query, key, value, attention_mask, scaling)
+    return without_gradient("a PagedCache", out, (query, key, value)), None
 
 
+@breaks_graphs
 def causal_mask(
     *, mask_function: Any, attention_mask: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ import pytest
 from support import compare, frameworks
 from support.torch_ops_suite import (
     EAGER_AND_COMPILED,
+    GraphBreaksSuite,
     Step,
     TorchOpsSuite,
     check_alike,
@@ -90,3 +91,7 @@ class TestTorchOps(TorchOpsSuite):
                 work()
 
         check_threads(arrays, on_a_stream)
+
+
+class TestGraphBreaks(GraphBreaksSuite):
+    pass

@@ -8,6 +8,7 @@ import functools
 import importlib
 import re
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -193,6 +194,9 @@ CALLS = {
     "gather_cache": gather,
 }
 """Builders of calls, each with new tensors of the same contents."""
+
+RETURNING = "paged_attention", "paged_attention_with_lse", "merge_attn_states-fp8"
+"""Those of ops that return what others write into a tensor of the caller's."""
 
 EVERY_CALL = pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -402,15 +406,38 @@ class TorchOpsSuite:
             check(5, 11)
             check(2, 100)
 
-    @EAGER_AND_COMPILED
-    def test_tensors_that_require_grad_are_read_detached(self, arrays, compiled):
-        step = Step(arrays)
+    @pytest.mark.parametrize("name", RETURNING)
+    def test_to_go_back_through_a_result_is_an_error(self, arrays, name):
+        torch = arrays.torch
+        again = CALLS[name](arrays)
+        want = again.run(again.function, arrays)
+        for place in range(3):
+            call = CALLS[name](arrays)
+            op = getattr(registered(arrays), call.op)
+            call.args[place].requires_grad_()
+            made = op(*call.args, **call.keywords)
+            made = made if isinstance(made, tuple) else (made,)
+            check_alike([arrays.numpy(x.detach()) for x in made], want[: len(made)])
+            message = rf"^backward: .*\.{call.op}, .* torch\.no_grad\(\)"
+            for result in made:
+                with pytest.raises(RuntimeError, match=message):
+                    result.float().sum().backward()
+            with torch.no_grad():
+                made = op(*call.args, **call.keywords)
+            assert not any(x.requires_grad for x in (made if isinstance(made, tuple) else [made]))
+
+    def test_compiling_for_gradients_warns(self, arrays):
+        torch, step = arrays.torch, Step(arrays)
         want = step.attend(*step.caches)
         step.query.requires_grad_()
-        run = step.compiled(step.attend) if compiled else step.attend
-        out = run(*step.caches)
+        run = step.compiled(step.attend, backend="aot_eager")
+        with pytest.warns(UserWarning, match=r"no gradient flows through .*\.paged_attention, "):
+            out = run(*step.caches)
         assert not out.requires_grad
         compare.bitwise(arrays.numpy(out), arrays.numpy(want))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "no gradient")
+            run(*step.caches)
 
     def test_autograd_notices_what_was_written(self, arrays):
         step = Step(arrays)
@@ -446,6 +473,110 @@ class TorchOpsSuite:
 
     def test_several_threads(self, arrays):
         check_threads(arrays, lambda run: run())
+
+
+class GraphBreaksSuite:
+    """What holds for the functions themselves, in code that torch compiles."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_compiled_yet(self, arrays):
+        arrays.torch.compiler.reset()
+
+    @pytest.fixture(autouse=True)
+    def no_warnings(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            yield
+
+    @EVERY_CALL
+    def test_functions_are_called_as_they_are(self, arrays, make):
+        call, again, counter = make(arrays), make(arrays), graph_counter()
+
+        def run(*args, **keywords):
+            return call.function(*args, **keywords)
+
+        compiled = arrays.torch.compile(run, backend=counter)
+        check_alike(call.run(compiled, arrays), again.run(again.function, arrays))
+        assert counter.op_count == 0, "torch has compiled what is inside"
+
+    @pytest.mark.parametrize("name", ["paged_attention", "gather_cache", "copy_blocks"])
+    def test_a_function_may_itself_be_compiled(self, arrays, name):
+        call, again, counter = CALLS[name](arrays), CALLS[name](arrays), graph_counter()
+        compiled = arrays.torch.compile(call.function, backend=counter)
+        check_alike(call.run(compiled, arrays), again.run(again.function, arrays))
+        assert counter.op_count == 0, "torch has compiled what is inside"
+
+    @EVERY_CALL
+    def test_a_full_graph_is_refused_with_what_to_do(self, arrays, make):
+        call, exceptions = make(arrays), importlib.import_module("torch._dynamo.exc")
+
+        def run(*args, **keywords):
+            return call.function(*args, **keywords)
+
+        compiled = arrays.torch.compile(run, backend="eager", fullgraph=True)
+        message = r"fullgraph=True, it needs the ops .* torch\.ops\.cupy_paged"
+        with pytest.raises(exceptions.Unsupported, match=message):
+            compiled(*call.args, **call.keywords)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_steps_of_a_cache(self, arrays, dtype):
+        found, expected = (CacheSteps(arrays, dtype) for _ in range(2))
+        counter = graph_counter()
+        compiled = arrays.torch.compile(found.step, backend=counter)
+        for seed in range(3):
+            want = expected.step(*expected.tokens(seed))
+            got = compiled(*found.tokens(seed))
+            check_alike([arrays.numpy(got.float())], [arrays.numpy(want.float())])
+        assert counter.op_count == 2, "needs what is before the cache, and what is after it"
+
+    def test_checked_mode(self, arrays):
+        step = Step(arrays)
+
+        def run(tables):
+            with cupy_paged.checked():
+                return cupy_paged.paged_attention(
+                    step.query, *step.caches, tables, step.lens, layout="HND"
+                )
+
+        compiled = arrays.torch.compile(run, backend="eager")
+        compare.bitwise(arrays.numpy(compiled(step.tables)), arrays.numpy(run(step.tables)))
+        with pytest.raises(IndexError, match=r"^block_tables: sequence 0 has block"):
+            compiled(step.tables + NUM_BLOCKS)
+        cupy_paged.paged_attention(  # is not checked: the mode has ended
+            step.query, *step.caches, step.tables, step.lens, layout="HND"
+        )
+
+
+def graph_counter():
+    """A backend that counts what it compiles: graphs, and their ops."""
+    return importlib.import_module("torch._dynamo.testing").CompileCounter()
+
+
+class CacheSteps:
+    """A PagedKVCache with a sequence of 5 tokens, and its next steps."""
+
+    def __init__(self, arrays, dtype):
+        self.arrays, self.dtype = arrays, dtype
+        self.cache = cupy_paged.PagedKVCache(
+            1, NUM_BLOCKS, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_SIZE,
+            like=normal(arrays, 1, dtype=dtype),
+        )  # fmt: skip
+        self.sequence = self.cache.add(count=5)
+        key = normal(arrays, 5, NUM_KV_HEADS, HEAD_SIZE, dtype=dtype)
+        self.cache.write(0, key, key, self.cache.batch([self.sequence]))
+
+    def tokens(self, seed):
+        return (
+            normal(self.arrays, 1, heads, HEAD_SIZE, dtype=self.dtype, seed=seed)
+            for heads in (2 * NUM_KV_HEADS, NUM_KV_HEADS)
+        )
+
+    def step(self, query, key):
+        doubled = query * 2
+        self.cache.append(self.sequence, count=1)
+        batch = self.cache.batch([self.sequence])
+        self.cache.write(0, key, key, batch)
+        return self.cache.attend(0, doubled, batch) + 1
 
 
 def check_threads(arrays, surround):

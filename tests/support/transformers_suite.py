@@ -296,6 +296,39 @@ class TransformersSuite:
         got = logits(pair, pair.ours, more, mask, past_key_values=cache)
         compare.close(got, want, "float32", tolerance=TOLERANCE)
 
+    def test_forward_in_grad_mode_and_no_backward(self, pair, rng):
+        ids, _ = pair.tokens(random_rows(rng, 9))
+        made = pair.ours(ids, past_key_values=pair.cache(), labels=ids)
+        with pair.torch.no_grad():
+            want = pair.ours(ids, past_key_values=pair.cache(), labels=ids)
+        got, want = (pair.arrays.numpy(x.logits.detach()) for x in (made, want))
+        compare.close(got, want, "float32", tolerance=TOLERANCE)
+        with pytest.raises(RuntimeError, match=r"^backward: .* PagedCache, .*torch\.no_grad\(\)"):
+            made.loss.backward()
+        pair.ours.zero_grad()  # of what comes after the last attention
+
+    def test_compiled_gives_the_same_tokens(self, pair, rng):
+        """With graphs broken around the cache."""
+        torch = pair.torch
+        torch.compiler.reset()
+        counter = importlib.import_module("torch._dynamo.testing").CompileCounter()
+        compiled = torch.compile(pair.ours, backend=counter)
+        lengths = 9, 5
+        ids, mask = pair.tokens(random_rows(rng, *lengths))
+        made = {}
+        for model in (pair.ours, compiled):
+            cache, new, shown = pair.cache(), ids, mask
+            for _ in range(4):
+                found = logits(pair, model, new, shown, past_key_values=cache)
+                made.setdefault(model, []).append(found)
+                new = pair.tensor(found.argmax(-1)[:, None])
+                shown = torch.cat([shown, torch.ones_like(new)], 1)
+            assert [len(row) for row in cache.sequences] == [length + 3 for length in lengths]
+        want, got = map(np.stack, made.values())
+        compare.close(got, want, "float32", tolerance=TOLERANCE)
+        np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
+        assert counter.frame_count > 3, "torch has compiled nothing"
+
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_half_precision(self, arrays, pair, rng, dtype):
         """No further from float32 than eager is, within a factor."""
