@@ -15,6 +15,7 @@ another. So those are marked, too, that the public ones call before they look in
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TypeVar
 
@@ -34,9 +35,10 @@ class _Yes:
 
 @functools.cache
 def _skip_the_package() -> None:
-    from torch._dynamo import trace_rules
+    with contextlib.suppress(ImportError, AttributeError):  # torch names them as it likes
+        from torch._dynamo import trace_rules
 
-    trace_rules.add(__package__)
+        trace_rules.add(__package__)
 
 
 _YES = _Yes()
