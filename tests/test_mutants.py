@@ -1,5 +1,8 @@
 """The mutants are of the sources as they are, and their runner tells the dead from the living."""
 
+import json
+import sys
+import threading
 from collections import Counter
 
 import pytest
@@ -8,6 +11,7 @@ from cupy_paged import compiler
 from mutants import apply, runner
 from mutants.catalogue import MUTANTS
 from mutants.mutant import ROOT, Mutant
+from mutants.runner import Result, Verdict
 
 QUICK = "tests/test_reference.py::test_gqa"
 FAULT = next(m for m in MUTANTS if m.fault == "scale is left out")._replace(tests=QUICK)
@@ -62,6 +66,29 @@ def test_the_runner_tells_them_apart(mutant, verdict, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"{verdict:8}  {mutant.fault}" in said
     assert f"{int(is_killed)} of 1 mutants killed" in said
+
+
+def test_an_interrupted_run_says_what_was_judged(monkeypatch, capsys):
+    is_over = threading.Event()
+    killed, survived = Result(Verdict.KILLED, ""), Result(Verdict.SURVIVED, "")
+
+    def interrupted(judged):
+        judged[0].result()
+        raise KeyboardInterrupt
+
+    def leave(status):
+        is_over.set()
+        sys.exit(status)
+
+    monkeypatch.setattr(runner, "MUTANTS", [FAULT, HARMLESS])
+    monkeypatch.setattr(runner, "run_tests", lambda tests: survived)
+    monkeypatch.setattr(runner, "judge", lambda one: killed if one is FAULT else is_over.wait())
+    monkeypatch.setattr(runner.concurrent.futures, "wait", interrupted)
+    monkeypatch.setattr(runner.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        runner.main(["--workers", "2"])
+    log = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert log["mutants"] == {FAULT.fault: "killed"}
 
 
 def test_a_word_that_no_fault_has_is_refused(capsys):

@@ -6,7 +6,6 @@ from mutants.mutant import Mutant
 
 SUITE = "tests/gpu/test_attention.py::TestAttention"
 OLDER_CHIPS = "tests/gpu/test_attention.py::TestAttentionOnOlderChips"
-FEW_THREAD_BLOCKS = "tests/gpu/test_attention.py::test_matches_oracle_on_few_thread_blocks"
 ORACLE = "tests/gpu/test_attention.py::test_matches_oracle"
 LONG = "tests/gpu/test_attention.py::test_needles_in_long_contexts"
 BITWISE = "tests/gpu/test_bitwise.py"
@@ -374,7 +373,7 @@ MUTANTS = (
         "kernels/nodes.cuh",
         "return before == uint32(expected - 1);",
         "return before == uint32(max(expected - 2, 0));",
-        "tests/gpu/test_attention.py::test_long_contexts",
+        SUITE,
     ),
     Mutant(
         "bytes of float8_e5m2 change places, tensor cores",
@@ -423,7 +422,7 @@ MUTANTS = (
         "kernels/head_sum.cuh",
         "add_group(k, node[i], first + i == 0);",
         "add_group(k, node[i], true);",
-        FEW_THREAD_BLOCKS,
+        BITWISE,
     ),
     Mutant(
         "the lse of a row longer than its table is finite, tensor cores",

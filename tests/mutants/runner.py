@@ -5,6 +5,7 @@
     python -m tests.mutants --workers N  so many test processes side by side
 
 Exits with 1 if a mutant survives, cannot be compiled, or is stale: then its text is not there.
+Interrupted, it says what was judged until then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import enum
+import itertools
 import json
 import os
 import subprocess
@@ -108,13 +110,29 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = dict.fromkeys(m.tests for m in chosen if not (m.needs_gpu and is_vouched))
         unchanged = {tests: workers.submit(run_tests, tests) for tests in unknown}
         judged = [workers.submit(judge, mutant) for mutant in chosen]
-        if broken := first_failure(unchanged):
-            print(broken, flush=True)
-            workers.shutdown(cancel_futures=True)
-            return 1
-        results = [each.result() for each in judged]
-    killed = sum(result.verdict is Verdict.KILLED for result in results)
+        try:
+            if broken := first_failure(unchanged):
+                print(broken, flush=True)
+                workers.shutdown(cancel_futures=True)
+                return 1
+            concurrent.futures.wait(judged)
+        except KeyboardInterrupt:
+            workers.shutdown(wait=False, cancel_futures=True)
+            print("interrupted: what was judged until then")
+            _report(chosen, judged)
+            os._exit(1)  # without those that still run
+    return int(_report(chosen, judged) < len(chosen))
+
+
+def _report(chosen: list[Mutant], judged: list[concurrent.futures.Future[Result]]) -> int:
+    """Prints what came of those that are judged; returns how many were killed."""
+    done = [one.done() and not one.cancelled() for one in judged]
+    verdicts = {
+        mutant.fault: one.result().verdict.value
+        for mutant, one in itertools.compress(zip(chosen, judged, strict=True), done)
+    }
+    killed = list(verdicts.values()).count(Verdict.KILLED.value)
     print(f"{killed} of {len(chosen)} mutants killed")
-    verdicts = {m.fault: r.verdict.value for m, r in zip(chosen, results, strict=True)}
-    print(json.dumps({"mutants": verdicts, **receipt.stamp(device.name())}))
-    return int(killed < len(chosen))
+    log = {"mutants": verdicts, **receipt.stamp(device.name())}
+    print(json.dumps(log), flush=True)
+    return killed
