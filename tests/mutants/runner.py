@@ -16,6 +16,7 @@ import enum
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def run_tests(tests: str, mutant: Mutant | None = None) -> Result:
         )
     except subprocess.TimeoutExpired:
         return Result(Verdict.UNKNOWN, f"still running after {TIMEOUT} s")
+    if done.returncode == -signal.SIGTERM:
+        return Result(Verdict.UNKNOWN, "was terminated")
     if done.returncode == 0:
         return Result(Verdict.SURVIVED, done.stdout.strip()[-300:])
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
