@@ -47,12 +47,16 @@ class Row(NamedTuple):
     found: Callable[[Figures], str]
 
 
+def _failures(count: int) -> str:
+    return f"{count} failure" + "s" * (count != 1)
+
+
 def _fuzz(run: Figures) -> str:
     seeds = sorted(map(int, run["seeds"]))
     cases = sum(seed["cases"] for seed in run["seeds"].values())
     failures = sum(len(seed["failures"]) for seed in run["seeds"].values())
     words = "seed" if len(seeds) == 1 else "seeds"
-    return f"{cases:,} from {words} {', '.join(map(str, seeds))}; {failures} failures"
+    return f"{cases:,} from {words} {', '.join(map(str, seeds))}; {_failures(failures)}"
 
 
 def _accuracy(run: Figures) -> str:
@@ -90,7 +94,7 @@ def _soak(run: Figures) -> str:
         f"{counts.get('steps', 0):,} steps of {counts.get('tokens', 0):,} tokens, "
         f"{counts.get('compared', 0):,} rows compared, "
         f"{counts.get('grown_bytes', 0) / 2**20:.1f} MiB grown in all processes together, "
-        f"{len(run['failures'])} failures"
+        f"{_failures(len(run['failures']))}"
     )
 
 

@@ -110,9 +110,9 @@ def test_a_run_of_other_sources_says_so(desk):
 def test_seeds_of_the_same_sources_add_up(desk):
     failure = {"case": 7}
     desk.record(run_of(FUZZ, not_run=1), run_of(FUZZ, seed=2, failures=[failure]))
-    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failures"
+    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failure"
     desk.record(run_of(FUZZ, seed=2, cases=40))
-    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failures"
+    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failure"
     desk.record(run_of(FUZZ, fuzz="host", device="CPU"))
     assert desk.score("operator, on a GPU").found.startswith("199")
     assert desk.score("operator, of the ref").found == "100 from seed 0; 0 failures"
