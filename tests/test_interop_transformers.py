@@ -1,5 +1,6 @@
 """Models of transformers over a `PagedCache`, on the CPU, and what they are refused."""
 
+import gc
 import importlib
 from types import SimpleNamespace
 
@@ -20,6 +21,13 @@ TORCH = frameworks.only("torch", frameworks.host())
 @pytest.fixture(params=TORCH, ids=lambda arrays: arrays.name)
 def arrays(request):
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def caches_end_here():
+    """And not in a later test with a stand-in for torch: errors and their frames are cycles."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
