@@ -44,7 +44,7 @@ template <class Shared> __device__ inline void count_nodes(const AttentionParams
         if (order.is_last) break;
         const Piece piece = order.piece;
         const bool counts = piece.is_last && piece.num_nodes > 1;
-        if (counts) order.stored.wait(parity);
+        order.stored.wait(parity);  // for every piece: synccheck takes a phase that nobody awaits for a fault
         order.empty.arrive_as_warp();  // before the sums, which nobody is to wait for
         if (!counts) continue;
         bool is_last = false;

@@ -159,6 +159,18 @@ def test_sums_may_be_off_by_what_their_logits_were_rounded_by():
         compare.close_sums((want * factor).astype(np.float32), want, max_logits)
 
 
+def test_rows_may_be_off_by_what_their_logits_were_rounded_by():
+    want = np.ones((100, 4))
+    got, rounding = want.astype(np.float32), np.zeros(100)
+    got[7] *= 1 + 3e-4
+    for row, is_off in (7, False), (8, True):
+        rounding[:] = 0.0
+        rounding[row] = 1.5e-4
+        found = pytest.raises(AssertionError, match="1 of 100 rows")
+        with found if is_off else contextlib.nullcontext():
+            compare.close(got, want, "float32", tolerance=1e-4, row_rounding=rounding)
+
+
 def test_counts_of_partitions_without_a_logit():
     want, max_logits = np.array([[16.0]]), np.array([[np.finfo(np.float32).min]], float)
     compare.close_sums(want.astype(np.float32), want, max_logits)

@@ -29,8 +29,11 @@ def same_kind(got, want, dtype, what):
     return np.where(finite, got, 0.0), np.where(finite, want, 0.0)
 
 
-def close(got, want, dtype, what="out", tolerance=None):
-    """Check ||got - want|| / ||want||, over everything and over each row (the last axis)."""
+def close(got, want, dtype, what="out", tolerance=None, row_rounding=0.0):
+    """Check ||got - want|| / ||want||, over everything and over each row (the last axis).
+
+    row_rounding    by how much more rows may be off: an array of their shape, or one number
+    """
     got, want = same_kind(got, want, dtype, what)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     error, size = np.linalg.norm(got - want), np.linalg.norm(want)
@@ -40,7 +43,7 @@ def close(got, want, dtype, what="out", tolerance=None):
     )
     row_error = np.linalg.norm(got - want, axis=-1)
     row_size = np.linalg.norm(want, axis=-1)
-    bad = row_error > ROW_SLACK * tolerance * row_size
+    bad = row_error > (ROW_SLACK * tolerance + row_rounding) * row_size
     assert not bad.any(), (
         f"{what}: {bad.sum()} of {bad.size} rows have a relative error above "
         f"{ROW_SLACK * tolerance:.3g}; " + _worst_row(got, want)
@@ -70,15 +73,19 @@ def close_lse(got, want, what="lse", tolerance=3e-5):
         )
 
 
+def rounding_of(max_logits):
+    """What float32 logits as large as these lose in rounding, and so do their exponentials."""
+    rounding = np.finfo(np.float32).eps * np.abs(max_logits)
+    return np.where(max_logits == np.finfo(np.float32).min, 0.0, rounding)  # there was none
+
+
 def close_sums(got, want, max_logits, what="exp_sums", tolerance=3e-5):
     """Check sums of exp(logit - max): logits far from zero are rounded before they are compared.
 
     Where the largest logit is the lowest float32 there was none, and the sum is a count of tokens.
     """
     got, want = same_kind(got, want, "float32", what)
-    rounding = np.finfo(np.float32).eps * np.abs(max_logits)
-    rounding[max_logits == np.finfo(np.float32).min] = 0.0
-    bad = np.abs(got - want) > (tolerance + rounding) * np.maximum(1.0, want)
+    bad = np.abs(got - want) > (tolerance + rounding_of(max_logits)) * np.maximum(1.0, want)
     if bad.any():
         at = _where(bad)
         raise AssertionError(
