@@ -1,6 +1,7 @@
 """Runs a reduced grid of the GPU tests under compute-sanitizer: `python tests/sanitize.py [TOOL]`.
 
-TOOL is memcheck (the default), initcheck, racecheck or synccheck. Memory pools are switched off: an
+TOOL is memcheck (the default), initcheck, racecheck or synccheck. `--workers N` runs N processes of
+tests side by side, with pytest-xdist: racecheck takes some minutes with one. Memory pools are switched off: an
 access past the end of one array would otherwise land in the pool's own memory and pass. For
 racecheck every lane waits and signals for itself: the tool takes what one does for its warp, behind
 a __syncwarp, for a race. Exits with the sanitizer's status, which is not 0 if it found anything or
@@ -9,6 +10,7 @@ a test failed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from support import device, receipt
 
+TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = (  # of kernels that use it, which is what racecheck looks at
     "tests/gpu/test_attention.py::test_matches_oracle",
@@ -42,13 +45,18 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards? displayed)")
 
 
 def main() -> int:
-    tool = sys.argv[1] if len(sys.argv) > 1 else "memcheck"
+    parser = argparse.ArgumentParser(prog="python tests/sanitize.py")
+    parser.add_argument("tool", nargs="?", default=TOOLS[0], choices=TOOLS)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, with pytest-xdist")
+    options = parser.parse_args()
+    tool = options.tool
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    options = "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS
-    pytest = [sys.executable, "-m", "pytest", *options]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS]
+    if options.workers:
+        pytest += ["-n", str(options.workers)]
     pytest += SHARED_MEMORY if tool == "racecheck" else GRID
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
     changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from cupy_paged.layouts import LAYOUTS, MAX_BLOCK_SIZE, MAX_HEAD_SIZE
 from mutants.catalogue import MUTANTS
+from sanitize import TOOLS
 from support import receipt
 
 RECORDS = receipt.ROOT / "docs" / "reliability.json"
@@ -23,7 +24,6 @@ RECORDS = receipt.ROOT / "docs" / "reliability.json"
 ACCURACY = receipt.ROOT / "benchmarks" / "results" / "accuracy.json"
 NUM_STORAGES = 3 * 3 * len(LAYOUTS)
 """Dtypes of queries, times dtypes of caches for each, times layouts."""
-TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"
 FAULTS = {
     "gpu": frozenset(mutant.fault for mutant in MUTANTS if mutant.needs_gpu),
     "host": frozenset(mutant.fault for mutant in MUTANTS if not mutant.needs_gpu),

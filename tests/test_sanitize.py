@@ -43,3 +43,10 @@ def test_tests_that_failed_are_no_clean_bill(run, said):
     returned, last = run(said, 1)
     assert returned == 1
     assert "says nothing about all tests" in last
+
+
+def test_a_tool_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "leakcheck"])
+    with pytest.raises(SystemExit, match="2"):
+        sanitize.main()
+    assert "choose from" in capsys.readouterr().err

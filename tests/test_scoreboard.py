@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 import reliability
+import sanitize
 import scoreboard
 from mutants.catalogue import MUTANTS
 from support import receipt
@@ -142,8 +143,8 @@ def test_mutants_and_tools_may_be_run_in_parts(desk):
     assert found == f"9 of {len(faults)}, {len(faults) - 9} not run"
     desk.record(run_of({"mutants": rest | {last: "SURVIVED"}}))
     assert desk.score("on the host notice").found == f"{len(faults) - 1} of {len(faults)}"
-    desk.record(*(run_of({"sanitizer": {tool: 0}}) for tool in scoreboard.TOOLS))
-    assert desk.score("sanitizer").found == ", ".join(f"{tool}: 0" for tool in scoreboard.TOOLS)
+    desk.record(*(run_of({"sanitizer": {tool: 0}}) for tool in sanitize.TOOLS))
+    assert desk.score("sanitizer").found == ", ".join(f"{tool}: 0" for tool in sanitize.TOOLS)
 
 
 def test_mutants_of_kernels_and_of_the_host_may_be_run_on_two_machines(desk):
