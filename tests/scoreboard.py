@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sanitize import TOOLS
+
 from cupy_paged.layouts import LAYOUTS, MAX_BLOCK_SIZE, MAX_HEAD_SIZE
 from mutants.catalogue import MUTANTS
-from sanitize import TOOLS
 from support import receipt
 
 RECORDS = receipt.ROOT / "docs" / "reliability.json"

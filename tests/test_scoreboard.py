@@ -5,9 +5,9 @@ import re
 import subprocess
 
 import pytest
+import sanitize
 
 import reliability
-import sanitize
 import scoreboard
 from mutants.catalogue import MUTANTS
 from support import receipt
