@@ -1,11 +1,12 @@
 """Runs a reduced grid of the GPU tests under compute-sanitizer: `python tests/sanitize.py [TOOL]`.
 
 TOOL is memcheck (the default), initcheck, racecheck or synccheck. `--workers N` runs N processes of
-tests side by side, with pytest-xdist: racecheck takes some minutes with one. Memory pools are switched off: an
-access past the end of one array would otherwise land in the pool's own memory and pass. For
-racecheck every lane waits and signals for itself: the tool takes what one does for its warp, behind
-a __syncwarp, for a race. Exits with the sanitizer's status, which is not 0 if it found anything or
-a test failed.
+tests side by side, with pytest-xdist: racecheck takes some minutes with one.
+
+Memory pools are switched off: an access past the end of one array would otherwise land in the
+pool's own memory and pass. For racecheck every lane waits and signals for itself: the tool takes
+what one does for its warp, behind a __syncwarp, for a race. Exits with the sanitizer's status,
+which is not 0 if it found anything or a test failed.
 """
 
 from __future__ import annotations
