@@ -10,14 +10,16 @@ import torch
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, made: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.name = name
-        return made
+    def forward(
+        ctx: Any, name: str, made: list[torch.Tensor], *sources: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.made_by = name
+        return made[0]  # which autograd sees for the first time, and so takes for no view
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> None:
         raise RuntimeError(
-            f"backward: no gradient flows through {ctx.name}, which is for inference; needs "
+            f"backward: no gradient flows through {ctx.made_by}, which is for inference; needs "
             "torch.no_grad() around the call, and another attention to train"
         )
 
@@ -30,10 +32,10 @@ def followed(sources: Iterable[Any]) -> list[torch.Tensor]:
 
 
 def without_gradient(name: str, made: torch.Tensor, sources: Iterable[Any]) -> torch.Tensor:
-    """The tensor itself, or, where autograd follows a source, a view whose backward is an error.
+    """The tensor itself; where autograd follows a source, its backward is an error from then on.
 
     name       what has made it, as the error calls it
     sources    what it was made from, tensors and others
     """
     tensors = followed(sources)
-    return _NoGradient.apply(name, made, *tensors) if tensors else made
+    return _NoGradient.apply(name, [made], *tensors) if tensors else made
