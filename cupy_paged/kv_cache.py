@@ -198,6 +198,18 @@ class PagedKVCache:
         """
         self.pool.free(sequence)
 
+    def free_when_idle(self, sequences: Collection[Sequence]) -> None:
+        """As `free`, for finalizers, which any thread may run in the middle of anything.
+
+        At once; or, where a method of the cache is running, before the next one begins.
+        """
+
+        def free_all() -> None:
+            for sequence in sequences:
+                self.pool.free(sequence)
+
+        self._turn.when_idle(free_all)
+
     @one_thread
     def offload(self, sequence: Sequence) -> None:
         """Moves a sequence to the host, and frees its blocks: it waits there for `restore`.
@@ -298,12 +310,15 @@ class PagedKVCache:
         capture it does not: nothing has run then. A written batch may be written again, but for one
         of which a sequence was freed, truncated or offloaded since: ValueError.
         """
-        lock = self._turn.lock
+        turn = self._turn
+        lock = turn.lock
         if not lock.acquire(False):
             raise two_threads("write")
         try:
+            turn.is_inside = True
             self._write(layer, key, value, batch, stream)
         finally:
+            turn.is_inside = False
             lock.release()
 
     # Every layer calls `write` and `attend`: to decorate them would take three times as long.
@@ -339,12 +354,15 @@ class PagedKVCache:
 
         `write` the layer first, or fill it by a writer of your own: what lies there is attended to.
         """
-        lock = self._turn.lock
+        turn = self._turn
+        lock = turn.lock
         if not lock.acquire(False):
             raise two_threads("attend")
         try:
+            turn.is_inside = True
             return self._attend(layer, query, batch, options)
         finally:
+            turn.is_inside = False
             lock.release()
 
     def _attend(self, layer: int, query: Any, batch: Batch, options: dict[str, Any]) -> Any:

@@ -6,6 +6,7 @@ that to wait for its turn only puts the error off.
 
 from __future__ import annotations
 
+import collections
 import functools
 import threading
 import weakref
@@ -18,16 +19,32 @@ _turns: weakref.WeakSet[Turn] = weakref.WeakSet()
 
 
 class Turn:
-    """Held by the thread that is inside an object.
+    """Held by the thread that is inside an object, which may come in again: methods call each other.
 
-    It may come in again: methods call each other, and a finalizer may run in the middle of one.
+    A finalizer may run at any place, in this thread or in another one, and cannot be refused: what
+    it has to do is left to whoever comes in next, where nobody is inside.
     """
 
-    __slots__ = ("__weakref__", "lock")
+    __slots__ = ("__weakref__", "_left", "is_inside", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.is_inside = False
+        self._left: collections.deque[Callable[[], None]] = collections.deque()
         _turns.add(self)
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Runs a call now, or before the next method begins where one is running."""
+        self._left.append(call)
+        if not self.is_inside and self.lock.acquire(False):
+            try:
+                self.catch_up()
+            finally:
+                self.lock.release()
+
+    def catch_up(self) -> None:
+        while self._left:
+            self._left.popleft()()
 
 
 class _HasTurn(Protocol):
@@ -46,12 +63,18 @@ def one_thread(
 
     @functools.wraps(method)
     def alone(self: _Self, /, *arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-        lock = self._turn.lock
+        turn = self._turn
+        lock = turn.lock
         if not lock.acquire(False):
             raise two_threads(method.__name__)
+        was_inside = turn.is_inside
         try:
+            if not was_inside:
+                turn.is_inside = True
+                turn.catch_up()
             return method(self, *arguments, **options)
         finally:
+            turn.is_inside = was_inside
             lock.release()
 
     return alone
@@ -71,6 +94,7 @@ def _renew_in_child() -> None:
             turn.lock.release()
         else:  # the thread that is inside stayed behind in the parent
             turn.lock = threading.RLock()
+            turn.is_inside = False
 
 
 gpu.in_forked_process(_renew_in_child)

@@ -445,7 +445,52 @@ def test_a_thread_that_met_an_error_is_no_longer_inside():
     assert cache.sequences == added != []
 
 
-def test_a_thread_may_come_in_again_as_a_finalizer_does(monkeypatch):
+def test_a_finalizer_is_heard_once_nobody_is_inside(inside):
+    cache = new()
+    first, second, third = (cache.add([i]) for i in range(3))
+    cache.free_when_idle([first])
+    assert cache.sequences == [second, third], "nobody was inside"
+    inside.begin(cache, cache.batch([third]))
+    cache.free_when_idle([second])
+    assert cache.sequences == [second, third]
+    inside.end()
+    cache.free_when_idle([])
+    assert cache.sequences == [third]
+
+
+@pytest.mark.parametrize("method", ["add", "attend"])
+def test_a_finalizer_in_the_middle_of_a_method_waits_for_the_next(method, monkeypatch):
+    cache, counted = new(), []
+    sequence, ended = cache.add([1]), cache.add([2])
+    batch = cache.batch([sequence])
+    cache.write(0, ones(1), ones(1), batch)
+    holder, name = (cache.pool, "add") if method == "add" else (kv_cache, "paged_attention")
+    run = getattr(holder, name)
+
+    def in_the_middle(*arguments, **options):
+        cache.free_when_idle([ended])
+        counted.append(len(cache.sequences))
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(holder, name, in_the_middle)
+    cache.add([3]) if method == "add" else cache.attend(0, ones(1), batch)
+    assert counted == [2] and ended in cache.sequences
+    monkeypatch.undo()
+    cache.append(sequence, [4])
+    assert ended not in cache.sequences
+
+
+def test_blocks_of_a_finalizer_are_there_for_who_needs_them(inside):
+    cache = new(num_blocks=2)
+    batch = cache.batch([cache.add([1])])
+    ended = cache.add([2])
+    inside.begin(cache, batch)
+    cache.free_when_idle([ended])
+    inside.end()
+    assert len(cache.add([3])) == 1
+
+
+def test_a_thread_may_come_in_again(monkeypatch):
     cache = new()
     first, second = cache.add(range(3)), cache.add([1])
     batch, attend = cache.batch([first]), kv_cache.paged_attention

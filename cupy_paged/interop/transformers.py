@@ -321,11 +321,12 @@ class PagedCache(Cache):
         self._settle(self._shown[:, :0])
 
     def _free(self) -> None:
-        _free_all(self._kv, self._rows)
+        while self._rows:
+            self._kv.free(self._rows.pop())
 
     def _free_at_the_end(self, kv: PagedKVCache) -> None:
         # Copies may go on with the same blocks. At the end of the process all goes anyway.
-        weakref.finalize(self, _free_all, kv, self._rows).atexit = False
+        weakref.finalize(self, kv.free_when_idle, self._rows).atexit = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A cache that has the same tokens, in the same blocks until one of the two goes on."""
@@ -483,11 +484,6 @@ def _from_tokens(
         flat[tokens] = out
         out = flat
     return out.view(num_rows, num_columns, num_heads, head_size)
-
-
-def _free_all(kv: PagedKVCache | None, rows: list[Sequence]) -> None:
-    while rows:
-        kv.free(rows.pop())
 
 
 AttentionInterface.register(NAME, attention)
