@@ -19,7 +19,7 @@ _turns: weakref.WeakSet[Turn] = weakref.WeakSet()
 
 
 class Turn:
-    """Held by the thread that is inside an object, which may come in again: methods call each other.
+    """Held by the thread that is inside an object. It may come in again: methods call each other.
 
     A finalizer may run at any place, in this thread or in another one, and cannot be refused: what
     it has to do is left to whoever comes in next, where nobody is inside.

@@ -272,8 +272,15 @@ MUTANTS = (
     Mutant(
         "a call that raised keeps its thread inside",
         "cupy_paged/one_thread.py",
-        "        try:\n            return method(self, *arguments, **options)\n        finally:\n            lock.release()\n",
-        "        result = method(self, *arguments, **options)\n        lock.release()\n        return result\n",
+        "        finally:\n            turn.is_inside = was_inside\n            lock.release()\n",
+        "        except BaseException:\n            raise\n        else:\n            lock.release()\n",
+        KV_CACHE,
+    ),
+    Mutant(
+        "a finalizer comes in the middle of a method",
+        "cupy_paged/one_thread.py",
+        "if not self.is_inside and self.lock.acquire(False):",
+        "if self.lock.acquire(False):",
         KV_CACHE,
     ),
     Mutant(
