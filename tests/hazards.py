@@ -597,10 +597,10 @@ ALLOCATOR = (
     Hazard(
         "Two threads step one cache, and read each other's batches",
         (
-            "test_kv_cache.py::test_a_second_thread_is_refused_while_one_is_inside",
-            "test_kv_cache.py::test_threads_whose_steps_mix_get_errors_and_no_wrong_numbers",
-            "test_kv_cache.py::test_threads_that_take_turns_get_what_they_wrote",
-            "test_kv_cache.py::test_a_cache_that_a_thread_was_in_at_a_fork_works_in_the_child",
+            "test_one_thread.py::test_a_second_thread_is_refused_while_one_is_inside",
+            "test_one_thread.py::test_threads_whose_steps_mix_get_errors_and_no_wrong_numbers",
+            "test_one_thread.py::test_threads_that_take_turns_get_what_they_wrote",
+            "test_one_thread.py::test_a_cache_that_a_thread_was_in_at_a_fork_works_in_the_child",
         ),
         "writers of one's own and replays of graphs, which read a batch by themselves",
     ),

@@ -7,6 +7,7 @@ from mutants.mutant import Mutant
 ALLOCATOR = "tests/test_block_allocator.py"
 SEQUENCES = "tests/test_sequences.py"
 KV_CACHE = "tests/test_kv_cache.py"
+ONE_THREAD = "tests/test_one_thread.py"
 OFFLOAD = "tests/test_offload.py"
 
 MUTANTS = (
@@ -260,28 +261,28 @@ MUTANTS = (
         "cupy_paged/kv_cache.py",
         'if not lock.acquire(False):\n            raise two_threads("attend")\n',
         "lock = type(lock)()\n        lock.acquire()\n",
-        KV_CACHE,
+        ONE_THREAD,
     ),
     Mutant(
         "a cache that a thread was in at a fork is of no use in the child",
         "cupy_paged/one_thread.py",
         "            turn.lock = threading.RLock()",
         "            pass",
-        KV_CACHE,
+        ONE_THREAD,
     ),
     Mutant(
         "a call that raised keeps its thread inside",
         "cupy_paged/one_thread.py",
         "        finally:\n            turn.is_inside = was_inside\n            lock.release()\n",
         "        except BaseException:\n            raise\n        else:\n            lock.release()\n",
-        KV_CACHE,
+        ONE_THREAD,
     ),
     Mutant(
         "a finalizer comes in the middle of a method",
         "cupy_paged/one_thread.py",
         "if not self.is_inside and self.lock.acquire(False):",
         "if self.lock.acquire(False):",
-        KV_CACHE,
+        ONE_THREAD,
     ),
     Mutant(
         "copies of a step come after its batch",
