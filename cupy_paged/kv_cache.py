@@ -250,7 +250,7 @@ class PagedKVCache:
     @one_thread
     def batch(
         self,
-        sequences: Collection[Sequence],
+        sequences: Iterable[Sequence],
         *,
         each_token: bool = False,
         max_tokens: int | None = None,
@@ -274,8 +274,10 @@ class PagedKVCache:
         Raises ValueError for a batch beyond `max_num_seqs` or `max_num_tokens` and for a sequence
         that is offloaded, RuntimeError while a CUDA graph is being captured.
         """
-        if isinstance(sequences, Sequence):
-            raise TypeError("sequences: got one, needs a list of them, even of one")
+        if not isinstance(sequences, Iterable):
+            got = type(sequences).__name__
+            raise TypeError(f"sequences: got one {got}, needs a list of them, even of one")
+        sequences = list(sequences)
         for sequence in sequences:
             self.pool.check_on_device(sequence)
         host = on_host(sequences, self.block_size, each_token, max_tokens, num_seqs, num_tokens)
@@ -338,7 +340,7 @@ class PagedKVCache:
             else:
                 reshape_and_cache_flash(*arguments, layout=self.layout, stream=stream)
         except (TypeError, ValueError):
-            self._check_beside_cache("key", key)
+            self._check_beside_cache("key", key, "num_tokens")
             raise
         self._last = held_stream(key, stream)
         if not self._is_capturing(self._last[0]):
@@ -380,7 +382,7 @@ class PagedKVCache:
                 v_scale=v_scale, **{"max_seq_len": batch.max_seq_len, **options},
             )  # fmt: skip
         except (TypeError, ValueError):
-            self._check_beside_cache("query", query)
+            self._check_beside_cache("query", query, "num_rows")
             raise
 
     @one_thread
@@ -506,12 +508,21 @@ class PagedKVCache:
             if sequence.pool not in (self.pool, None):  # None: freed, and nobody's
                 raise ValueError("batch: is another cache's, needs to be of this one's batch()")
 
-    def _check_beside_cache(self, name: str, x: Any) -> None:
+    def _check_beside_cache(self, name: str, x: Any, of_what: str) -> None:
         """Raises where an op would name `key_cache`, which is no argument of the caller's."""
         given = array(x, name)
         checks.same_place([given], self._leader)
         if self.dtype in FLOATS and given.dtype in FLOATS and given.dtype != self.dtype:
             raise TypeError(f"{name}: dtype {given.dtype}, needs {self.dtype}, as the cache holds")
+        _, num_heads, head_size = given.shape if len(given.shape) == 3 else (0, 0, 0)
+        wanted, fits = str(self.num_kv_heads), num_heads == self.num_kv_heads
+        if name == "query":
+            wanted, fits = f"a multiple of {wanted}", num_heads % self.num_kv_heads == 0
+        if not fits or head_size != self.head_size:
+            raise ValueError(
+                f"{name}: shape {given.shape}, needs [{of_what}, {wanted}, {self.head_size}], as "
+                "the cache holds"
+            )
 
     def _check_unchanged(self, batch: Batch) -> None:
         """Once written, its slots may be what others find by its tokens."""

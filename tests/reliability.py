@@ -84,29 +84,7 @@ def _results() -> list[str]:
         "signals for all, and reports a race where there is none. So it does not show that the",
         "`__syncwarp` before such a signal is there; nothing here does. It looks at shared memory",
         "alone, which merging, writing, copying, swapping and converting do not use.",
-        *_findings(scoreboard.records()),
     ]
-
-
-def _findings(kept: scoreboard.Figures) -> list[str]:
-    """What is known of findings that are on record, as long as they are."""
-    lines = []
-    if kept.get("sanitizer", {}).get("sanitizer", {}).get("synccheck"):
-        lines += [
-            "",
-            "Synccheck's findings are one: no warp waits for a phase of the barrier `stored` of",
-            "kernels/orders.cuh where a piece leaves nothing to count. The phase is over before",
-            "the next can begin, for an order is given out again only after all have arrived at",
-            "`empty`, which they do behind it.",
-        ]
-    seeds = kept.get("fuzz gpu", {}).get("seeds", {})
-    if any(failure["case"] == 9502 for failure in seeds.get("0", {}).get("failures", ())):
-        lines += [
-            "",
-            "Case 9502 of seed 0 has ALiBi, and logits down to -1056 in the row that is off by",
-            "4.6e-5: as float32 they are rounded by up to 6e-5, and the test allows 4e-5.",
-        ]
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import pickle
+import re
 import weakref
 import xml.etree.ElementTree
 
@@ -274,6 +275,14 @@ def test_an_error_names_what_the_caller_gave_and_no_array_of_the_cache(layout):
         cache.write(0, ones(5), rows, batch)
     with pytest.raises(TypeError, match=r"^query: dtype float64 is not supported"):
         cache.attend(0, query.astype(float), batch)
+    for shape in (5, 3, 8), (5, 2, 4), (5, 16):
+        words = rf"^key: shape {re.escape(str(shape))}, needs \[num_tokens, 2, 8\], as the cache"
+        with pytest.raises(ValueError, match=words):
+            cache.write(0, np.ones(shape, np.float32), np.ones(shape, np.float32), batch)
+    for shape in (1, 3, 8), (1, 4, 4), (1, 32):
+        words = rf"^query: shape {re.escape(str(shape))}, needs \[num_rows, a multiple of 2, 8\]"
+        with pytest.raises(ValueError, match=words):
+            cache.attend(0, np.ones(shape, np.float32), batch)
 
 
 def test_an_error_names_what_is_in_another_place_than_the_cache(monkeypatch):
@@ -289,6 +298,14 @@ def test_an_error_names_what_is_in_another_place_than_the_cache(monkeypatch):
         cache.attend(0, np.ones((1, 4, 8), np.float32), batch)
 
 
+def test_sequences_may_come_from_a_generator():
+    cache = new()
+    sequences = [cache.add(range(count)) for count in (5, 3)]
+    batch = cache.batch(sequence for sequence in sequences)
+    assert batch.seq_lens.tolist() == [5, 3]
+    assert [sequence for sequence, _, _ in batch.ends] == sequences
+
+
 def test_wrong_batches():
     cache = new(max_num_seqs=2, max_num_tokens=8, max_seq_len=8)
     first, second = cache.add(range(5)), cache.add(range(4))
@@ -301,7 +318,7 @@ def test_wrong_batches():
     ):
         with pytest.raises(ValueError, match=words):
             cache.batch(*arguments, **options)
-    with pytest.raises(TypeError, match=r"^sequences: got one, needs a list"):
+    with pytest.raises(TypeError, match=r"^sequences: got one Sequence, needs a list"):
         cache.batch(first)
     with pytest.raises(cupy_paged.NeverFits, match="3 cache blocks needed, 2 to a sequence"):
         cache.append(first, range(4))

@@ -214,7 +214,7 @@ MUTANTS = (
     Mutant(
         "a cache's users are told of arrays that they never gave",
         "cupy_paged/kv_cache.py",
-        '            self._check_beside_cache("query", query)\n',
+        '            self._check_beside_cache("query", query, "num_rows")\n',
         "",
         "tests/test_kv_cache.py",
     ),
