@@ -14,10 +14,10 @@ from cupy_paged import kernel_cache
 from cupy_paged.driver import driver_cuda_version
 from cupy_paged.requirements import (
     OLDEST_CUPY,
-    REQUIREMENTS,
-    install_command,
+    driver_remedy,
     is_too_old,
     major_of,
+    remedy,
 )
 
 _INITIALIZATION_ERROR = 3
@@ -73,21 +73,16 @@ in_forked_process(_importing.renew)  # another thread of the parent may have hel
 
 
 def _install_hint() -> str:
-    return f"{install_command()}; `python -m cupy_paged info` lists what else is missing"
+    return f"{remedy()}; `python -m cupy_paged info` lists what else is missing"
 
 
 def _refuse_old_driver(runtime: ModuleType) -> None:
     newest, built_for = driver_cuda_version(), runtime.runtimeGetVersion() // 1000
     if newest is None or major_of(newest) >= built_for:  # None: no driver, and so no GPU
         return
-    remedy = "install a newer driver"
-    if major_of(newest) in REQUIREMENTS:
-        remedy += (
-            f", or pip uninstall -y cupy-cuda{built_for}x && {install_command(major_of(newest))}"
-        )
     raise RuntimeError(
         f"CuPy is for CUDA {built_for}, and this machine's driver runs CUDA {newest} at most: "
-        f"{remedy}"
+        f"{driver_remedy(built_for)}"
     )
 
 

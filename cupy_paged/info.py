@@ -18,10 +18,13 @@ from cupy_paged.driver import devices, driver_cuda_version, driver_version
 from cupy_paged.requirements import (
     CUPY_WHEELS,
     OLDEST_CUPY,
-    install_command,
+    REQUIREMENTS,
+    driver_remedy,
     installed_version,
+    installed_wheels,
     is_too_old,
     major_of,
+    remedy,
 )
 
 OLDEST_COMPUTE_CAPABILITY = (7, 5)
@@ -47,8 +50,8 @@ class Report(NamedTuple):
             lines.append("GPU kernels: not available. Host arrays run on the NumPy backend.")
         else:
             lines.append("GPU kernels: ready.")
-        for what, remedy, _ in self.problems:
-            lines += [f"  missing: {what}", f"    mend:  {remedy}"]
+        for problem in self.problems:
+            lines += [f"  missing: {problem.what}", f"    mend:  {problem.remedy}"]
         return "\n".join(lines)
 
 
@@ -93,13 +96,10 @@ def _describe_sources(problems: list[Problem]) -> str:
 
 
 def _describe_cupy(problems: list[Problem]) -> str:
-    wheels = [wheel for wheel in CUPY_WHEELS if installed_version(wheel)]
+    wheels = installed_wheels()
     if len(wheels) > 1:
         problems.append(
-            Problem(
-                f"one CuPy: {' and '.join(wheels)} are installed together",
-                f"pip uninstall -y {' '.join(wheels)} && {install_command()}",
-            )
+            Problem(f"one CuPy: {' and '.join(wheels)} are installed together", remedy())
         )
     try:
         with kernel_cache.lets_cupy_in():
@@ -107,11 +107,11 @@ def _describe_cupy(problems: list[Problem]) -> str:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise
-        problems.append(Problem("CuPy", install_command()))
+        problems.append(Problem("CuPy", remedy()))
         return "not installed"
     if is_too_old(cupy.__version__):
         problems.append(
-            Problem(f"CuPy {OLDEST_CUPY} or newer (found {cupy.__version__})", install_command())
+            Problem(f"CuPy {OLDEST_CUPY} or newer (found {cupy.__version__})", remedy())
         )
     return f"{cupy.__version__} ({', '.join(wheels) or 'not from a known wheel'})"
 
@@ -120,7 +120,7 @@ def _describe_nvrtc(problems: list[Problem]) -> str:
     version = nvrtc_version()
     if version is None:
         if "cupy" in sys.modules:
-            problems.append(Problem("NVRTC", install_command()))
+            problems.append(Problem("NVRTC", remedy()))
         return "not found"
     return version
 
@@ -129,7 +129,7 @@ def _describe_headers(problems: list[Problem]) -> str:
     folder = header_dir()
     if folder is None:
         if "cupy" in sys.modules:
-            problems.append(Problem("CUDA's headers, which CuPy needs", install_command()))
+            problems.append(Problem("CUDA's headers, which CuPy needs", remedy()))
         return "not found"
     return str(folder)
 
@@ -167,12 +167,17 @@ def _describe_driver(problems: list[Problem]) -> str:
             )
         )
         return "not found"
-    nvrtc = nvrtc_version()
-    if nvrtc and major_of(nvrtc) > major_of(cuda):
+    oldest, nvrtc = min(REQUIREMENTS), nvrtc_version()
+    needs = {f"CUDA {oldest}": oldest}
+    needs |= {wheel: CUPY_WHEELS[wheel] or oldest for wheel in installed_wheels()}
+    if nvrtc:
+        needs[f"NVRTC {nvrtc}"] = major_of(nvrtc)
+    too_new = [what for what, major in needs.items() if major > major_of(cuda)]
+    if too_new:
         problems.append(
             Problem(
-                f"a driver for CUDA {nvrtc} (this one runs CUDA {cuda})",
-                f"pip uninstall -y cupy-cuda13x && {install_command(12)}",
+                f"a driver for {' and '.join(too_new)} (this one runs CUDA {cuda})",
+                driver_remedy(max(needs.values())),
             )
         )
     return f"{driver_version() or 'unknown version'} (runs CUDA up to {cuda})"
@@ -212,7 +217,7 @@ def inspect() -> Report:
             value = describe(problems)
         except Exception as error:
             value = f"{type(error).__name__}: {error}".splitlines()[0]
-            problems.append(Problem(f"{label} ({value})", install_command()))
+            problems.append(Problem(f"{label} ({value})", remedy()))
         rows.append((label, value))
     versions = framework_versions()
     rows += [(name, versions[name] or "not installed") for name in FRAMEWORKS]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cupy_paged import __main__, __version__, info
+from cupy_paged import __main__, __version__, info, requirements
 from support.fake_driver import FakeDriver
 from support.installation import without
 from support.receipt import ROOT
@@ -22,6 +22,18 @@ runpy.run_module("cupy_paged", run_name="__main__")
 @pytest.fixture
 def driver(monkeypatch):
     return lambda *arguments: FakeDriver(*arguments).install(monkeypatch)
+
+
+@pytest.fixture
+def wheels(monkeypatch):
+    """Sets under which names CuPy is installed."""
+
+    def install(*names):
+        monkeypatch.setattr(
+            requirements, "installed_version", lambda name: "14.2.0" if name in names else None
+        )
+
+    return install
 
 
 def run_info(**variables: str) -> str:
@@ -47,7 +59,7 @@ def test_report_needs_numpy_alone():
     assert f"cupy-paged    {__version__}" in report
     assert re.search(r"^kernels +\S.*\(\d+ files, sha256 [0-9a-f]{12}\)$", report, re.M)
     assert re.search(r"^numpy +\d", report, re.M)
-    assert "missing: CuPy\n    mend:  pip install 'cupy-cuda1" in report
+    assert re.search(r'^  missing: CuPy\n    mend:  .*pip install "cupy-cuda1', report, re.M)
     assert "Host arrays run on the NumPy backend." in report
 
 
@@ -95,17 +107,74 @@ def test_driver_without_a_usable_device(driver, driver_arguments, what):
     assert what in missing(info.inspect())
 
 
-def test_nvrtc_newer_than_the_driver_is_named(driver, monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "installed", "nvrtc", "what", "remedy"),
+    [
+        (
+            11040, [], None,
+            "a driver for CUDA 12 (this one runs CUDA 11.4)",
+            r"install a driver for CUDA 12 \(525\.60 or newer, on Windows 528\.33\)",
+        ),
+        (
+            11080, ["cupy-cuda13x"], None,
+            "a driver for CUDA 12 and cupy-cuda13x (this one runs CUDA 11.8)",
+            r"install a driver for CUDA 13 \(580 or newer\)",
+        ),
+        (
+            12090, ["cupy-cuda13x"], None,
+            "a driver for cupy-cuda13x (this one runs CUDA 12.9)",
+            r"install a .*, or pip uninstall -y cupy-cuda13x && pip install \"cupy-cuda12x[^&]*",
+        ),
+        (
+            12090, ["cupy-cuda12x", "cupy-cuda13x"], "12.9",
+            "a driver for cupy-cuda13x (this one runs CUDA 12.9)",
+            r"install a .*, or pip uninstall -y cupy-cuda13x && pip install --force-reinstall .*",
+        ),
+    ],
+    ids=["of no CuPy", "of no CuPy, and 13", "13", "12 and 13"],
+)  # fmt: skip
+def test_a_driver_that_is_too_old_is_named(
+    driver, wheels, monkeypatch, cuda, installed, nvrtc, what, remedy
+):
+    driver(cuda, [("NVIDIA A10", 8, 6)])
+    wheels(*installed)
+    monkeypatch.setattr(info, "nvrtc_version", lambda: nvrtc)
+    assert re.fullmatch(remedy, missing(info.inspect())[what])
+
+
+@pytest.mark.parametrize(
+    ("cuda", "wheel", "nvrtc"),
+    [
+        (12000, "cupy-cuda12x", "12.9"),
+        (13000, "cupy-cuda12x", "12.9"),
+        (13000, "cupy-cuda13x", "13.1"),
+        (12000, "cupy", "12.9"),
+    ],
+)
+def test_a_cupy_that_fits_the_driver_stays(driver, wheels, monkeypatch, cuda, wheel, nvrtc):
+    driver(cuda, [("NVIDIA A10", 8, 6)])
+    wheels(wheel)
+    monkeypatch.setattr(info, "nvrtc_version", lambda: nvrtc)
+    problems = []
+    info._describe_driver(problems)
+    assert problems == []
+
+
+def test_nvrtc_newer_than_the_driver_is_named(driver, wheels, monkeypatch):
     driver(12090, [("NVIDIA A10", 8, 6)])
+    wheels("cupy")
     monkeypatch.setattr(info, "nvrtc_version", lambda: "13.0")
-    remedy = missing(info.inspect())["a driver for CUDA 13.0 (this one runs CUDA 12.9)"]
-    assert "cupy-cuda12x" in remedy
+    remedy = missing(info.inspect())["a driver for NVRTC 13.0 (this one runs CUDA 12.9)"]
+    assert 'pip uninstall -y cupy && pip install "cupy-cuda12x' in remedy
 
 
-def test_two_cupy_wheels_are_a_problem(monkeypatch):
-    monkeypatch.setattr(info, "installed_version", lambda name: "14.2.0")
+@pytest.mark.parametrize(("cuda", "wrong"), [(12090, "cupy-cuda13x"), (13000, "cupy-cuda12x")])
+def test_two_cupy_wheels_are_a_problem(driver, wheels, cuda, wrong):
+    driver(cuda, [("NVIDIA A10", 8, 6)])
+    wheels("cupy-cuda12x", "cupy-cuda13x")
     found = missing(info.inspect())
-    assert "one CuPy: cupy and cupy-cuda12x and cupy-cuda13x are installed together" in found
+    remedy = found["one CuPy: cupy-cuda12x and cupy-cuda13x are installed together"]
+    assert remedy.startswith(f"pip uninstall -y {wrong} && pip install --force-reinstall")
 
 
 def test_part_that_fails_says_so_and_the_rest_goes_on(monkeypatch):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from cupy_paged import compiler, gpu, kernel_cache, prepared
+from cupy_paged import compiler, gpu, kernel_cache, prepared, requirements
 from support import first_calls
 from support.fake_cupy import FakeCuPy
 from support.fake_driver import FakeDriver
@@ -44,9 +44,14 @@ def stand_in(built_for=13000, version="14.2.0"):
         (
             12090,
             13000,
-            r"driver runs CUDA 12\.9 at most: .*cupy-cuda13x && pip install 'cupy-cuda12",
+            r"driver runs CUDA 12\.9 at most: install a driver for CUDA 13 \(580 or newer\), "
+            r'or pip uninstall -y cupy-cuda13x && pip install "cupy-cuda12',
         ),
-        (11080, 12090, r"driver runs CUDA 11\.8 at most: install a newer driver$"),
+        (
+            11080,
+            12090,
+            r"driver runs CUDA 11\.8 at most: install a driver for CUDA 12 \(525[^)]*\)$",
+        ),
         (12020, 12090, None),
         (13000, 12090, None),
         (None, 13000, None),
@@ -56,7 +61,10 @@ def stand_in(built_for=13000, version="14.2.0"):
 def test_a_driver_older_than_cupy_is_refused_before_it_is_asked(
     monkeypatch, driver, built_for, words
 ):
-    fake = stand_in(built_for)
+    fake, wheel = stand_in(built_for), f"cupy-cuda{built_for // 1000}x"
+    monkeypatch.setattr(
+        requirements, "installed_version", lambda name: "14.2.0" if name == wheel else None
+    )
     monkeypatch.setattr("cupy_paged.driver.cuda_driver", lambda: driver and FakeDriver(driver))
     monkeypatch.setitem(sys.modules, "cupy", fake)
     if words is None:
@@ -68,7 +76,16 @@ def test_a_driver_older_than_cupy_is_refused_before_it_is_asked(
 
 def test_an_old_cupy_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", stand_in(version="14.1.9"))
-    with pytest.raises(ImportError, match=r"CuPy 14\.1\.9 is too old.*pip install 'cupy-cuda1"):
+    with pytest.raises(ImportError, match=r"CuPy 14\.1\.9 is too old.*pip install \"cupy-cuda1"):
+        gpu.cupy.__wrapped__()
+
+
+def test_a_driver_that_no_cupy_fits_is_named_where_cupy_is_missing(monkeypatch):
+    monkeypatch.setattr("cupy_paged.driver.cuda_driver", lambda: FakeDriver(11040))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(
+        ImportError, match=r"need CuPy .*: the driver is too old.* CUDA 11\.4 at most"
+    ):
         gpu.cupy.__wrapped__()
 
 
