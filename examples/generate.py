@@ -27,8 +27,8 @@ try:
     from cupy_paged.layouts import LAYOUTS
 except ModuleNotFoundError as error:
     sys.exit(
-        f"generate.py needs {error.name}: pip install -e '.[demo]' in the repository's root, or "
-        "'.[demo,cuda12]' (cuda13) for a GPU"
+        f'generate.py needs {error.name}: pip install -e ".[demo]" in the repository\'s root, or '
+        '".[demo,cuda12]" (cuda13) for a GPU'
     )
 
 PROMPTS = (

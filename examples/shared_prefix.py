@@ -27,8 +27,8 @@ try:
     from cupy_paged.sequences import Sequence
 except ModuleNotFoundError as error:
     sys.exit(
-        f"shared_prefix.py needs {error.name}: pip install -e '.[demo]' in the repository's root, "
-        "or '.[demo,cuda12]' (cuda13) for a GPU"
+        f'shared_prefix.py needs {error.name}: pip install -e ".[demo]" in the repository\'s root, '
+        'or ".[demo,cuda12]" (cuda13) for a GPU'
     )
 
 PROMPT = """\

@@ -329,6 +329,7 @@ COMPILATION = (
             "test_loading.py::test_an_image_that_the_driver_refuses",
             "test_loading.py::test_a_driver_older_than_cupy_is_refused_before_it_is_asked",
             "test_info.py::test_nvrtc_newer_than_the_driver_is_named",
+            "test_info.py::test_a_driver_that_is_too_old_is_named",
         ),
     ),
     Hazard(
@@ -337,6 +338,7 @@ COMPILATION = (
             "test_kernel_cache.py::test_kernels_need_no_header_of_cuda",
             "test_kernel_cache.py::test_a_process_without_nvrtc_is_told_what_to_install",
             "test_package.py::test_installed_wheel_finds_its_sources",
+            "test_requirements.py::test_what_fits_stays_and_all_else_goes",
         ),
     ),
     Hazard(

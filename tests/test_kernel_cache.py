@@ -397,7 +397,7 @@ def test_a_bare_environment_is_enough(processes, tmp_path):
 def test_a_process_without_nvrtc_is_told_what_to_install(processes):
     said = processes.result("without NVRTC")
     assert said["error"].startswith("RuntimeError: NVRTC, which compiles kernels, cannot be loaded")
-    assert "pip install 'cupy-cuda1" in said["error"]
+    assert 'pip install "cupy-cuda1' in said["error"]
     assert "no nvrtc" in said["cause"]
 
 
@@ -470,7 +470,7 @@ def test_a_chip_that_nvrtc_does_not_know_gets_ptx(cache):
     assert cache.compiled == [KERNEL.name]
     (warning,) = cache.warnings()
     assert "does not know sm_999" in warning
-    assert "pip install 'cupy-cuda1" in warning
+    assert 'pip install "cupy-cuda1' in warning
 
 
 def test_a_chip_too_old_for_nvrtc_is_named(cache):
@@ -494,7 +494,7 @@ def test_a_source_that_nvrtc_refuses_is_shown_with_its_words(cache, broken_sourc
 
 def test_an_old_nvrtc_is_suspected_of_what_it_refuses(cache, broken_source, monkeypatch):
     monkeypatch.setattr(compiler, "OLDEST_NVRTC", (99, 0))
-    with pytest.raises(RuntimeError, match=r"99\.0 or newer may: pip install 'cupy-cuda1"):
+    with pytest.raises(RuntimeError, match=r'99\.0 or newer may: pip install "cupy-cuda1'):
         cache.binary()
 
 

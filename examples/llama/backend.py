@@ -24,8 +24,8 @@ def array_module(name: str = "auto") -> Any:
         if name == "auto":
             return np
         raise RuntimeError(
-            f"backend cupy: {error}. It needs a CUDA device and driver, and "
-            "pip install 'cupy-paged[cuda12]' (or cuda13); --backend numpy runs anywhere"
+            f"backend cupy: {error}. `python -m cupy_paged info` says what is missing; "
+            "--backend numpy runs anywhere"
         ) from error
     try:
         cupy.ones((2, 2)) @ cupy.ones((2, 2))

@@ -214,7 +214,7 @@ MUTANTS = (
         LOADING,
     ),
     Mutant(
-        "a CuPy is suggested that the driver is too old for",
+        "torch's CUDA counts for more than the driver's",
         "cupy_paged/requirements.py",
         "driver_cuda_version() or _torch_cuda_version()",
         "_torch_cuda_version() or driver_cuda_version()",

@@ -178,7 +178,7 @@ def _numpy_dtype(name):
 
 def only(name, adapters):
     """The adapters of one framework; without it, a parameter that skips the test and says why."""
-    reason = f"{name} is missing, or has no such device: pip install -e '.[interop]' installs it"
+    reason = f'{name} is missing, or has no such device: pip install -e ".[interop]" installs it'
     missing = pytest.param(None, id=name, marks=pytest.mark.skip(reason=reason))
     return [arrays for arrays in adapters if arrays.name == name] or [missing]
 
