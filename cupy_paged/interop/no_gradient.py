@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence, Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 class _NoGradient(torch.autograd.Function):
@@ -24,18 +25,55 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def followed(sources: Iterable[Any]) -> list[torch.Tensor]:
+def followed(sources: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors that autograd follows at this moment; what is no tensor is passed over."""
     if not torch.is_grad_enabled():
         return []
     return [x for x in sources if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
-def without_gradient(name: str, made: torch.Tensor, sources: Iterable[Any]) -> torch.Tensor:
+def has_tangents() -> bool:
+    """Whether any tensor may have a tangent at this moment, for forward mode."""
+    return getattr(forward_ad, "_current_level", 0) >= 0  # without the name, tensors are asked
+
+
+def refuse_gradients(name: str, sources: Sequence[Any]) -> None:
+    """Raises RuntimeError where autograd follows a source, backward or forward.
+
+    For what cannot wait for somebody to go back through its results.
+
+    name       what they are given to, as the error calls it
+    sources    tensors and others, which are passed over
+    """
+    refuse_tangents(name, sources)
+    if followed(sources):
+        raise RuntimeError(
+            f"{name}: a tensor requires a gradient, and none flows through this op, which is for "
+            "inference; needs torch.no_grad() around the call, or tensors that are detached"
+        )
+
+
+def refuse_tangents(name: str, sources: Sequence[Any]) -> None:
+    """Raises RuntimeError where a source has a tangent: nobody would come back for it."""
+    if has_tangents() and any(
+        forward_ad.unpack_dual(x).tangent is not None
+        for x in sources
+        if isinstance(x, torch.Tensor)
+    ):
+        raise RuntimeError(
+            f"{name}: a tensor has a tangent, and none flows through this op, which is for "
+            "inference; needs tensors that are detached"
+        )
+
+
+def without_gradient(name: str, made: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:
     """The tensor itself; where autograd follows a source, its backward is an error from then on.
 
     name       what has made it, as the error calls it
     sources    what it was made from, tensors and others
+
+    Raises RuntimeError where a source has a tangent.
     """
+    refuse_tangents(name, sources)
     tensors = followed(sources)
     return _NoGradient.apply(name, [made], *tensors) if tensors else made

@@ -57,7 +57,12 @@ except ImportError as error:
     ) from error
 
 import cupy_paged
-from cupy_paged.interop.no_gradient import followed, without_gradient
+from cupy_paged.interop.no_gradient import (
+    followed,
+    has_tangents,
+    refuse_gradients,
+    without_gradient,
+)
 
 NAMESPACE = "cupy_paged"
 
@@ -119,10 +124,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _fake_nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
 # What runs, and its schema after the name. A "!" marks what is written.
 _OPS: dict[str, tuple[Callable[..., Any], str]] = {
     "paged_attention": (cupy_paged.paged_attention, f"({_ATTENTION}) -> Tensor"),
@@ -175,13 +176,24 @@ _OPS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def _counting_writes(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    """The function, which then tells autograd what it has written, if anything."""
+def _sources(args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+    """The arguments of an op, those in lists one by one."""
+    given = [*args, *options.values()]
+    for group in [x for x in args if isinstance(x, list)]:
+        given += group
+    return given
+
+
+def _writing(name: str, function: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """The function, which takes nothing that a gradient is asked of, as torch's own `out=` does.
+
+    It then tells autograd what it has written.
+    """
     written = [i for i, argument in enumerate(schema.split(",")) if "!" in argument]
-    if not written:
-        return function
 
     def run(*args: Any, **options: Any) -> None:
+        if torch.is_grad_enabled() or has_tangents():
+            refuse_gradients(name, _sources(args, options))
         function(*args, **options)
         for given in (args[i] for i in written if i < len(args)):
             for tensor in given if isinstance(given, list) else (given,):
@@ -191,12 +203,12 @@ def _counting_writes(function: Callable[..., Any], schema: str) -> Callable[...,
     return run
 
 
-def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, through whose results nobody goes back without being told."""
+def _returning(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, through whose results nobody differentiates without being told."""
 
     def run(*args: Any, **options: Any) -> Any:
         made = function(*args, **options)
-        if not torch.is_grad_enabled():  # asked for here, too, for the sake of time
+        if not (torch.is_grad_enabled() or has_tangents()):
             return made
         sources = (*args, *options.values())
         if isinstance(made, tuple):
@@ -206,7 +218,16 @@ def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[...,
     return run
 
 
-def _warning_of_gradients(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _fake_writing(name: str) -> Callable[..., Any]:
+    """What a writing op does while torch traces: compiled code would not refuse any more."""
+
+    def run(*args: Any, **options: Any) -> None:
+        refuse_gradients(name, _sources(args, options))
+
+    return run
+
+
+def _fake_returning(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, which warns where compiled code would be silent: nothing of it is there then."""
 
     def run(*args: Any, **options: Any) -> Any:
@@ -221,6 +242,17 @@ def _warning_of_gradients(name: str, fake: Callable[..., Any]) -> Callable[..., 
     return run
 
 
+def _below_autograd(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """What autograd runs for an op in each transform of torch.func around it."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        refuse_gradients(name, _sources(args, options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **options)
+
+    return run
+
+
 def _register() -> torch.library.Library:
     # torch.library.custom_op would say the same, with 8 us more of Python in every call.
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -228,18 +260,25 @@ def _register() -> torch.library.Library:
     # be asked for the order of the dimensions alone.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     for name, (function, schema) in _OPS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
-        run, fake = _counting_writes(function, schema), _fake_nothing
+        called = f"torch.ops.{NAMESPACE}.{name}"
         if name in _FAKES:
-            called = f"torch.ops.{NAMESPACE}.{name}"
-            run = _without_gradients(called, run)
-            fake = _warning_of_gradients(called, _FAKES[name])
-        # For all devices: which ones it serves is for the function to say.
-        library.impl(name, run, "CompositeExplicitAutograd")
+            run, fake = _returning(called, function), _fake_returning(called, _FAKES[name])
+        else:
+            run, fake = _writing(called, function, schema), _fake_writing(called)
+        transformed = f"_{name}"
+        for defined in (name, transformed):
+            library.define(defined + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+            # For all devices: which ones it serves is for the function to say.
+            library.impl(defined, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{defined}", fake, lib=library)
         # A kernel of Python would take microseconds more in every call; torch's own guess is a
         # gradient that nobody computes.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        # Inside of torch.func's transforms the tensors hold others, which alone reach the function:
+        # who follows them, autograd is asked in each. This key is theirs, and costs nobody else.
+        inside = getattr(getattr(torch.ops, NAMESPACE), transformed).default
+        library.impl(name, inside, "FuncTorchDynamicLayerFrontMode")
+        library.impl(transformed, _below_autograd(called, inside), "Autograd")
     return library
 
 
