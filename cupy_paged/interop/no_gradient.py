@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ def followed(sources: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def has_tangents() -> bool:
-    """Whether any tensor may have a tangent at this moment, for forward mode."""
-    return getattr(forward_ad, "_current_level", 0) >= 0  # without the name, tensors are asked
+    """Whether a tensor may have a tangent at this moment, as it may in torch's forward mode."""
+    return getattr(forward_ad, "_current_level", 0) >= 0  # torch names it as it likes
 
 
 def refuse_gradients(name: str, sources: Sequence[Any]) -> None:
     """Raises RuntimeError where autograd follows a source, backward or forward.
 
-    For what cannot wait for somebody to go back through its results.
+    For what has no result through which somebody would go back, to be told then.
 
     name       what they are given to, as the error calls it
     sources    tensors and others, which are passed over
@@ -48,8 +48,8 @@ def refuse_gradients(name: str, sources: Sequence[Any]) -> None:
     refuse_tangents(name, sources)
     if followed(sources):
         raise RuntimeError(
-            f"{name}: a tensor requires a gradient, and none flows through this op, which is for "
-            "inference; needs torch.no_grad() around the call, or tensors that are detached"
+            f"{name}: no gradient flows through it, and a tensor requires one: needs "
+            "torch.no_grad() around the call, or detached tensors"
         )
 
 
@@ -61,8 +61,8 @@ def refuse_tangents(name: str, sources: Sequence[Any]) -> None:
         if isinstance(x, torch.Tensor)
     ):
         raise RuntimeError(
-            f"{name}: a tensor has a tangent, and none flows through this op, which is for "
-            "inference; needs tensors that are detached"
+            f"forward mode: no tangent flows through {name}, which is for inference; needs "
+            "detached tensors, and another attention to train"
         )
 
 

@@ -21,11 +21,16 @@ paged_attention_v1, paged_attention_v2, reshape_and_cache, reshape_and_cache_fla
 concat_and_cache_mla, copy_blocks and gather_cache return nothing, and write what their functions
 write.
 
-Tensors are read detached: no gradient flows through an op. Where one of them requires a gradient,
-outside of torch.no_grad(), to go back through what an eager call returns is a RuntimeError. What a
-compiled one returns requires none, and torch.compile then warns. What is written into a tensor of
-the caller's has no gradient. Autograd counts writes, as with torch's own ops: to go back through
-what was saved before is a RuntimeError.
+No gradient flows through an op. Where a tensor requires one, outside of torch.no_grad(), to go back
+through what an eager call returns is a RuntimeError. What a compiled one returns requires none, and
+torch.compile then warns. An op that writes into tensors of the caller's is itself a RuntimeError
+then, as torch's own ops with `out=` are, eager and compiled: an output would keep the gradient of
+what was in it before. So is every op in torch.func's grad, vjp and jvp and what is made of them,
+and in forward mode, of a tensor that they follow. torch.func.vmap calls an op that returns once for
+each example, with a warning, and refuses those that write.
+
+Autograd counts writes, as with torch's own ops: to go back through what was saved before is a
+RuntimeError.
 
 While torch traces, an op only says what it returns. A wrong argument raises what the function
 raises, when the compiled code runs; one of a type that the op does not take is a RuntimeError.
@@ -45,6 +50,8 @@ more than the function does. What is not compiled had better call the function.
 from __future__ import annotations
 
 import functools
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -190,15 +197,17 @@ def _writing(name: str, function: Callable[..., Any], schema: str) -> Callable[.
     It then tells autograd what it has written.
     """
     written = [i for i, argument in enumerate(schema.split(",")) if "!" in argument]
+    increment_version = torch.autograd.graph.increment_version
 
     def run(*args: Any, **options: Any) -> None:
         if torch.is_grad_enabled() or has_tangents():
             refuse_gradients(name, _sources(args, options))
         function(*args, **options)
-        for given in (args[i] for i in written if i < len(args)):
+        for i in written:
+            given = args[i] if i < len(args) else None
             for tensor in given if isinstance(given, list) else (given,):
                 if tensor is not None:
-                    torch.autograd.graph.increment_version(tensor)
+                    increment_version(tensor)
 
     return run
 
@@ -227,6 +236,26 @@ def _fake_writing(name: str) -> Callable[..., Any]:
     return run
 
 
+# What stands between a line that calls compiled code and an op that torch traces.
+_ON_THE_WAY = {"torch", "cupy_paged", "contextlib", None}
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning in the function that asks, to name the line that called torch.
+
+    How deep that is depends on the backend, and on torch's version.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _package_of(frame) in _ON_THE_WAY:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package_of(frame: types.FrameType) -> str | None:
+    name = frame.f_globals.get("__name__")  # code that torch generates has none
+    return name and name.partition(".")[0]
+
+
 def _fake_returning(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, which warns where compiled code would be silent: nothing of it is there then."""
 
@@ -235,7 +264,7 @@ def _fake_returning(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
             warnings.warn(
                 f"no gradient flows through {name}, and a tensor requires one: needs "
                 "torch.no_grad() around the compiled call",
-                stacklevel=2,
+                stacklevel=_callers_level(),
             )
         return fake(*args, **options)
 
