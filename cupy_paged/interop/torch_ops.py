@@ -25,9 +25,9 @@ No gradient flows through an op. Where a tensor requires one, outside of torch.n
 through what an eager call returns is a RuntimeError. What a compiled one returns requires none, and
 torch.compile then warns. An op that writes into tensors of the caller's is itself a RuntimeError
 then, as torch's own ops with `out=` are, eager and compiled: an output would keep the gradient of
-what was in it before. So is every op in torch.func's grad, vjp and jvp and what is made of them,
-and in forward mode, of a tensor that they follow. torch.func.vmap calls an op that returns once for
-each example, with a warning, and refuses those that write.
+what was in it before. In forward mode, and in torch.func.grad, vjp, jvp and their kin, every op of a
+tensor that they follow is one. torch.func.vmap calls an op that returns once for each example, with
+a warning, and refuses those that write.
 
 Autograd counts writes, as with torch's own ops: to go back through what was saved before is a
 RuntimeError.
@@ -272,7 +272,7 @@ def _fake_returning(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _below_autograd(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
-    """What autograd runs for an op in each transform of torch.func around it."""
+    """What autograd runs for an op, in each transform of torch.func around it."""
 
     def run(*args: Any, **options: Any) -> Any:
         refuse_gradients(name, _sources(args, options))
@@ -303,8 +303,9 @@ def _register() -> torch.library.Library:
         # A kernel of Python would take microseconds more in every call; torch's own guess is a
         # gradient that nobody computes.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        # Inside of torch.func's transforms the tensors hold others, which alone reach the function:
-        # who follows them, autograd is asked in each. This key is theirs, and costs nobody else.
+        # A transform of torch.func wraps tensors, and the function is given what is inside. Under a
+        # key that calls have in transforms alone, and others need not pay for, they become calls of
+        # an op beside this one, whose kernel for autograd sees them wrapped.
         inside = getattr(getattr(torch.ops, NAMESPACE), transformed).default
         library.impl(name, inside, "FuncTorchDynamicLayerFrontMode")
         library.impl(transformed, _below_autograd(called, inside), "Autograd")
