@@ -25,9 +25,9 @@ No gradient flows through an op. Where a tensor requires one, outside of torch.n
 through what an eager call returns is a RuntimeError. What a compiled one returns requires none, and
 torch.compile then warns. An op that writes into tensors of the caller's is itself a RuntimeError
 then, as torch's own ops with `out=` are, eager and compiled: an output would keep the gradient of
-what was in it before. In forward mode, and in torch.func.grad, vjp, jvp and their kin, every op of a
-tensor that they follow is one. torch.func.vmap calls an op that returns once for each example, with
-a warning, and refuses those that write.
+what was in it before. In forward mode, and in torch.func.grad, vjp, jvp and their kin, every op of
+a tensor that they follow is one. torch.func.vmap calls an op that returns once for each example,
+with a warning, and refuses those that write.
 
 Autograd counts writes, as with torch's own ops: to go back through what was saved before is a
 RuntimeError.
