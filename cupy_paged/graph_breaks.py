@@ -35,7 +35,8 @@ class _Yes:
 
 @functools.cache
 def _skip_the_package() -> None:
-    with contextlib.suppress(ImportError, AttributeError):  # torch names them as it likes
+    # torch changes what is its own as it likes.
+    with contextlib.suppress(ImportError, AttributeError, TypeError, AssertionError):
         from torch._dynamo import trace_rules
 
         trace_rules.add(__package__)

@@ -1,5 +1,6 @@
 """The ops that torch.compile takes, with tensors on the host."""
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 import cupy_paged
+from cupy_paged import graph_breaks
 from cupy_paged.graph_breaks import REASON
 from support import frameworks
 from support.torch_ops_suite import GraphBreaksSuite, TorchOpsSuite
@@ -37,6 +39,26 @@ def test_every_public_function_breaks_graphs():
         functions = [getattr(member, "fget", member) for member in members]
         marked = [f for f in functions if inspect.isfunction(f)]
         assert marked and all(vars(f)["_torchdynamo_disable_msg"] == REASON for f in marked), name
+
+
+@pytest.mark.skipif(not TORCH, reason="needs torch")
+@pytest.mark.parametrize("error", [None, AttributeError, TypeError, AssertionError])
+def test_a_dynamo_with_other_names_still_sees_the_mark(monkeypatch, error):
+    told = []
+
+    def add(folder):
+        told.append(folder)
+        if error:
+            raise error("torch has changed")
+
+    trace_rules = importlib.import_module("torch._dynamo.trace_rules")
+    monkeypatch.setattr(trace_rules, "add", add)
+    # Of its own, so that what the others have told Dynamo is not told again.
+    monkeypatch.setattr(
+        graph_breaks, "_skip_the_package", graph_breaks._skip_the_package.__wrapped__
+    )
+    assert cupy_paged.paged_attention._torchdynamo_disable
+    assert told == ["cupy_paged"]
 
 
 @pytest.mark.parametrize("name", ["paged_attention", "gather_cache"])

@@ -21,11 +21,16 @@ paged_attention_v1, paged_attention_v2, reshape_and_cache, reshape_and_cache_fla
 concat_and_cache_mla, copy_blocks and gather_cache return nothing, and write what their functions
 write.
 
-Tensors are read detached: no gradient flows through an op. Where one of them requires a gradient,
-outside of torch.no_grad(), to go back through what an eager call returns is a RuntimeError. What a
-compiled one returns requires none, and torch.compile then warns. What is written into a tensor of
-the caller's has no gradient. Autograd counts writes, as with torch's own ops: to go back through
-what was saved before is a RuntimeError.
+No gradient flows through an op. Where a tensor requires one, outside of torch.no_grad(), to go back
+through what an eager call returns is a RuntimeError. What a compiled one returns requires none, and
+torch.compile then warns. An op that writes into tensors of the caller's is itself a RuntimeError
+then, as torch's own ops with `out=` are, eager and compiled: an output would keep the gradient of
+what was in it before. In forward mode, and in torch.func.grad, vjp, jvp and their kin, every op of
+a tensor that they follow is one. torch.func.vmap calls an op that returns once for each example,
+with a warning, and refuses those that write.
+
+Autograd counts writes, as with torch's own ops: to go back through what was saved before is a
+RuntimeError.
 
 While torch traces, an op only says what it returns. A wrong argument raises what the function
 raises, when the compiled code runs; one of a type that the op does not take is a RuntimeError.
@@ -45,6 +50,8 @@ more than the function does. What is not compiled had better call the function.
 from __future__ import annotations
 
 import functools
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +64,12 @@ except ImportError as error:
     ) from error
 
 import cupy_paged
-from cupy_paged.interop.no_gradient import followed, without_gradient
+from cupy_paged.interop.no_gradient import (
+    followed,
+    has_tangents,
+    refuse_gradients,
+    without_gradient,
+)
 
 NAMESPACE = "cupy_paged"
 
@@ -119,10 +131,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _fake_nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
 # What runs, and its schema after the name. A "!" marks what is written.
 _OPS: dict[str, tuple[Callable[..., Any], str]] = {
     "paged_attention": (cupy_paged.paged_attention, f"({_ATTENTION}) -> Tensor"),
@@ -175,28 +183,41 @@ _OPS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def _counting_writes(function: Callable[..., Any], schema: str) -> Callable[..., Any]:
-    """The function, which then tells autograd what it has written, if anything."""
+def _sources(args: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+    """The arguments of an op, those in lists one by one."""
+    given = [*args, *options.values()]
+    for group in [x for x in args if isinstance(x, list)]:
+        given += group
+    return given
+
+
+def _writing(name: str, function: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """The function, which takes nothing that a gradient is asked of, as torch's own `out=` does.
+
+    It then tells autograd what it has written.
+    """
     written = [i for i, argument in enumerate(schema.split(",")) if "!" in argument]
-    if not written:
-        return function
+    increment_version = torch.autograd.graph.increment_version
 
     def run(*args: Any, **options: Any) -> None:
+        if torch.is_grad_enabled() or has_tangents():
+            refuse_gradients(name, _sources(args, options))
         function(*args, **options)
-        for given in (args[i] for i in written if i < len(args)):
+        for i in written:
+            given = args[i] if i < len(args) else None
             for tensor in given if isinstance(given, list) else (given,):
                 if tensor is not None:
-                    torch.autograd.graph.increment_version(tensor)
+                    increment_version(tensor)
 
     return run
 
 
-def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, through whose results nobody goes back without being told."""
+def _returning(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, through whose results nobody differentiates without being told."""
 
     def run(*args: Any, **options: Any) -> Any:
         made = function(*args, **options)
-        if not torch.is_grad_enabled():  # asked for here, too, for the sake of time
+        if not (torch.is_grad_enabled() or has_tangents()):
             return made
         sources = (*args, *options.values())
         if isinstance(made, tuple):
@@ -206,7 +227,36 @@ def _without_gradients(name: str, function: Callable[..., Any]) -> Callable[...,
     return run
 
 
-def _warning_of_gradients(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _fake_writing(name: str) -> Callable[..., Any]:
+    """What a writing op does while torch traces: compiled code would not refuse any more."""
+
+    def run(*args: Any, **options: Any) -> None:
+        refuse_gradients(name, _sources(args, options))
+
+    return run
+
+
+# What stands between a line that calls compiled code and an op that torch traces.
+_ON_THE_WAY = {"torch", "cupy_paged", "contextlib", None}
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of a warning in the function that asks, to name the line that called torch.
+
+    How deep that is depends on the backend, and on torch's version.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _package_of(frame) in _ON_THE_WAY:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package_of(frame: types.FrameType) -> str | None:
+    name = frame.f_globals.get("__name__")  # code that torch generates has none
+    return name and name.partition(".")[0]
+
+
+def _fake_returning(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, which warns where compiled code would be silent: nothing of it is there then."""
 
     def run(*args: Any, **options: Any) -> Any:
@@ -214,9 +264,20 @@ def _warning_of_gradients(name: str, fake: Callable[..., Any]) -> Callable[..., 
             warnings.warn(
                 f"no gradient flows through {name}, and a tensor requires one: needs "
                 "torch.no_grad() around the compiled call",
-                stacklevel=2,
+                stacklevel=_callers_level(),
             )
         return fake(*args, **options)
+
+    return run
+
+
+def _below_autograd(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+    """What autograd runs for an op, in each transform of torch.func around it."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        refuse_gradients(name, _sources(args, options))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **options)
 
     return run
 
@@ -228,18 +289,26 @@ def _register() -> torch.library.Library:
     # be asked for the order of the dimensions alone.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     for name, (function, schema) in _OPS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
-        run, fake = _counting_writes(function, schema), _fake_nothing
+        called = f"torch.ops.{NAMESPACE}.{name}"
         if name in _FAKES:
-            called = f"torch.ops.{NAMESPACE}.{name}"
-            run = _without_gradients(called, run)
-            fake = _warning_of_gradients(called, _FAKES[name])
-        # For all devices: which ones it serves is for the function to say.
-        library.impl(name, run, "CompositeExplicitAutograd")
+            run, fake = _returning(called, function), _fake_returning(called, _FAKES[name])
+        else:
+            run, fake = _writing(called, function, schema), _fake_writing(called)
+        transformed = f"_{name}"
+        for defined in (name, transformed):
+            library.define(defined + schema, tags=(torch.Tag.pt2_compliant_tag, strides))
+            # For all devices: which ones it serves is for the function to say.
+            library.impl(defined, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{defined}", fake, lib=library)
         # A kernel of Python would take microseconds more in every call; torch's own guess is a
         # gradient that nobody computes.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        # A transform of torch.func wraps tensors, and the function is given what is inside. Under a
+        # key that calls have in transforms alone, and others need not pay for, they become calls of
+        # an op beside this one, whose kernel for autograd sees them wrapped.
+        inside = getattr(getattr(torch.ops, NAMESPACE), transformed).default
+        library.impl(name, inside, "FuncTorchDynamicLayerFrontMode")
+        library.impl(transformed, _below_autograd(called, inside), "Autograd")
     return library
 
 

@@ -6,6 +6,7 @@ A test module subclasses `TorchOpsSuite` and gives it a fixture `arrays`, an ada
 
 import functools
 import importlib
+import linecache
 import re
 import threading
 import warnings
@@ -46,6 +47,19 @@ class Call(NamedTuple):
         given = [*self.args, *self.keywords.values()]
         flat = [x for group in given for x in (group if isinstance(group, list) else [group])]
         return [x for x in flat if isinstance(x, arrays.torch.Tensor)]
+
+    def floats(self, arrays) -> list[Any]:
+        """The tensors that a derivative may be asked of."""
+        return [x for x in self.tensors(arrays) if x.is_floating_point()]
+
+    def replacing(self, old, new) -> "Call":
+        """The same call, with another tensor in the place of one."""
+
+        def replaced(x):
+            return [replaced(y) for y in x] if isinstance(x, list) else new if x is old else x
+
+        keywords = {name: replaced(x) for name, x in self.keywords.items()}
+        return self._replace(args=replaced(self.args), keywords=keywords)
 
 
 def scale_of(arrays, value):
@@ -198,6 +212,12 @@ CALLS = {
 RETURNING = "paged_attention", "paged_attention_with_lse", "merge_attn_states-fp8"
 """Those of ops that return what others write into a tensor of the caller's."""
 
+WRITING = [
+    name for name in CALLS
+    if name.partition("-")[0] not in {call.partition("-")[0] for call in RETURNING}
+]  # fmt: skip
+"""Those of ops that write into tensors of the caller's."""
+
 EVERY_CALL = pytest.mark.parametrize("make", CALLS.values(), ids=CALLS)
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 EAGER_AND_COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -270,6 +290,21 @@ class Step:
     def on_views(self, pair):
         """The same, with caches that are taken from one array on the way."""
         return self(pair[:, 0], pair[:, 1])
+
+
+def differentiate(torch, mode, run, x):
+    """Asks a function of a tensor for a derivative, in one of torch's ways."""
+    func = torch.func
+    if mode == "grad":
+        func.grad(run)(x)
+    elif mode == "vjp":
+        func.vjp(run, x)
+    elif mode == "jvp":
+        func.jvp(run, (x,), (x,))
+    else:
+        forward_ad = torch.autograd.forward_ad
+        with forward_ad.dual_level(), torch.no_grad():
+            run(forward_ad.make_dual(x, x))
 
 
 def layers_of_a_cache(step):
@@ -433,13 +468,141 @@ class TorchOpsSuite:
         want = step.attend(*step.caches)
         step.query.requires_grad_()
         run = step.compiled(step.attend, backend="aot_eager")
-        with pytest.warns(UserWarning, match=r"no gradient flows through .*\.paged_attention, "):
+        message = r"no gradient flows through .*\.paged_attention, "
+        with pytest.warns(UserWarning, match=message) as warned:
             out = run(*step.caches)
+        (found,) = {(x.filename, x.lineno) for x in warned if re.match(message, str(x.message))}
+        assert linecache.getline(*found).strip() == "out = run(*step.caches)"
         assert not out.requires_grad
         compare.bitwise(arrays.numpy(out), arrays.numpy(want))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("error", "no gradient")
             run(*step.caches)
+
+    @pytest.mark.parametrize("name", WRITING)
+    def test_nothing_is_written_where_a_gradient_is_followed(self, arrays, name):
+        # An output would have the gradient of what was in it before, and none of the inputs.
+        make, torch = CALLS[name], arrays.torch
+        before = [arrays.numpy(x) for x in make(arrays).tensors(arrays)]
+        again = make(arrays)
+        want = again.run(again.function, arrays)
+        for place in range(len(make(arrays).floats(arrays))):
+            call = make(arrays)
+            op = getattr(registered(arrays), call.op)
+            leaf = call.floats(arrays)[place].requires_grad_()
+            made = leaf.view_as(leaf)  # follows it, and is no leaf
+            for followed in (leaf, made):
+                given = call.replacing(leaf, followed)
+                with pytest.raises(RuntimeError, match=rf"\.{call.op}: .* torch\.no_grad\(\)"):
+                    op(*given.args, **given.keywords)
+            check_alike([arrays.numpy(x.detach()) for x in call.tensors(arrays)], before)
+            with torch.no_grad():
+                op(*call.args, **call.keywords)
+            check_alike([arrays.numpy(x.detach()) for x in call.tensors(arrays)], want)
+
+    @BACKENDS
+    @pytest.mark.parametrize("followed", ["key", "pair"])
+    def test_nothing_compiled_writes_where_a_gradient_is_followed(self, arrays, backend, followed):
+        step = Step(arrays)
+        want = arrays.numpy(step.pair).copy()
+        getattr(step, followed).requires_grad_()
+        run = step.compiled(step.write, backend=backend)
+        with pytest.raises(RuntimeError, match=r"reshape_and_cache_flash: no gradient flows"):
+            run(*step.caches)
+        compare.bitwise(arrays.numpy(step.pair.detach()), want)
+        with arrays.torch.no_grad():
+            run(*step.caches)
+        assert (arrays.numpy(step.pair.detach()) != want).any()
+
+    @EVERY_CALL
+    @pytest.mark.parametrize("mode", ["grad", "vjp", "jvp", "dual"])
+    def test_derivatives_are_refused(self, arrays, make, mode):
+        # Functions see what a transform has wrapped, and would give it zeros.
+        torch = arrays.torch
+        before = [arrays.numpy(x) for x in make(arrays).tensors(arrays)]
+        for place in range(len(make(arrays).floats(arrays))):
+            call = make(arrays)
+            op = getattr(registered(arrays), call.op)
+            tensor = call.floats(arrays)[place]
+
+            def run(x, op=op, call=call, tensor=tensor):
+                given = call.replacing(tensor, x)
+                op(*given.args, **given.keywords)
+                return x.float().sum()
+
+            message = rf"\.{call.op}(: no gradient flows|, which is for inference)"
+            with pytest.raises(RuntimeError, match=message):
+                differentiate(torch, mode, run, tensor)
+            check_alike([arrays.numpy(x) for x in call.tensors(arrays)], before)
+
+    def test_a_constant_inside_of_a_transform(self, arrays):
+        # As the errors say: under torch.no_grad(), or of detached tensors.
+        torch, step = arrays.torch, Step(arrays)
+        query = step.query.clone()
+
+        def product(x):
+            step.query = x
+            with torch.no_grad():
+                constant = step.attend(*step.caches)
+            return (x * constant).sum()
+
+        def detached(x):
+            step.query = x.detach()
+            return x * step.attend(*step.caches)
+
+        want = step.attend(*step.caches)
+        compare.bitwise(arrays.numpy(torch.func.grad(product)(query)), arrays.numpy(want))
+        ones = torch.ones_like(query)
+        _, tangent = torch.func.jvp(detached, (query,), (ones,))
+        compare.bitwise(arrays.numpy(tangent), arrays.numpy(want))
+
+    @pytest.mark.parametrize("name", RETURNING)
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    def test_vmap_calls_an_op_for_each_example(self, arrays, name):
+        torch = arrays.torch
+        call = CALLS[name](arrays)
+        op, (first, *others) = getattr(registered(arrays), call.op), call.args
+        examples = torch.stack([first, first * 2, first / 4])
+
+        def run(x):
+            return op(x, *others, **call.keywords)
+
+        made, want = torch.func.vmap(run)(examples), [run(x) for x in examples]
+        for i in range(len(examples)):
+            found = [x[i] for x in made] if isinstance(made, tuple) else made[i]
+            for got, right in zip(found, want[i], strict=True):
+                compare.bitwise(arrays.numpy(got), arrays.numpy(right), f"example {i}")
+        with pytest.raises(RuntimeError, match=rf"\.{call.op}: no gradient flows"):
+            torch.func.grad(lambda x: sum(y.float().sum() for y in torch.func.vmap(run)(x)))(
+                examples
+            )
+
+    @pytest.mark.parametrize("name", ["paged_attention_out", "reshape_and_cache_flash"])
+    def test_vmap_refuses_ops_that_write(self, arrays, name):
+        call = CALLS[name](arrays)
+        op, (first, *others) = getattr(registered(arrays), call.op), call.args
+        before = arrays.numpy(first).copy()
+
+        def run(x):
+            return op(x, *others, **call.keywords)
+
+        with pytest.raises(RuntimeError, match=rf"Batching rule not implemented for .*{call.op}"):
+            arrays.torch.func.vmap(run)(first[None])
+        compare.bitwise(arrays.numpy(first), before)
+
+    @pytest.mark.parametrize("transform", ["grad", "vmap"])
+    def test_functions_refuse_what_transforms_wrap(self, arrays, transform):
+        call = CALLS["paged_attention"](arrays)
+        query, *others = call.args
+
+        def run(x):
+            return call.function(x, *others, **call.keywords).sum()
+
+        given = query[None] if transform == "vmap" else query
+        for _ in range(2):  # what is kept of the call in between is for others
+            with pytest.raises(TypeError, match=r"^query: .*torch"):
+                getattr(arrays.torch.func, transform)(run)(given)
+            run(query)
 
     def test_autograd_notices_what_was_written(self, arrays):
         step = Step(arrays)
