@@ -238,8 +238,8 @@ def _from_torch(x: Any, name: str, stream: int | None) -> Array:
     except RuntimeError as error:  # NotImplementedError is one
         said = str(error).partition("\n")[0]
         raise TypeError(
-            f"{name}: a torch tensor without strided memory, as sparse ones are, and those inside of "
-            f"torch.func's transforms; needs a dense one, outside of them (torch: {said})"
+            f"{name}: a torch tensor without strided memory, as sparse ones are, and those inside "
+            f"of torch.func's transforms; needs a dense one, outside of them (torch: {said})"
         ) from error
 
 

@@ -1,6 +1,14 @@
 """All mutants."""
 
-from mutants import attention_kernels, block_pool, kernel_cache, move_kernels, ops, reference
+from mutants import (
+    attention_kernels,
+    block_pool,
+    interop,
+    kernel_cache,
+    move_kernels,
+    ops,
+    reference,
+)
 from mutants.mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -10,4 +18,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *ops.MUTANTS,
     *block_pool.MUTANTS,
     *kernel_cache.MUTANTS,
+    *interop.MUTANTS,
 )
