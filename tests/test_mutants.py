@@ -1,6 +1,7 @@
 """The mutants are of the sources as they are, and their runner tells the dead from the living."""
 
 import json
+import re
 import sys
 import threading
 from collections import Counter
@@ -34,6 +35,8 @@ def test_a_mutant_is_of_the_sources_as_they_are(mutant):
         compile(text, mutant.file, "exec")
     file, *names = mutant.tests.split("::")
     source = (ROOT / file).read_text(encoding="utf-8")
+    for suite in re.findall(r"from support\.(\w+_suite) import", source):  # of which it has tests
+        source += (ROOT / "tests" / "support" / f"{suite}.py").read_text(encoding="utf-8")
     assert all(f"def {name}(" in source or f"class {name}" in source for name in names)
 
 
