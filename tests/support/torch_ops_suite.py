@@ -679,7 +679,8 @@ class GraphBreaksSuite:
             return call.function(*args, **keywords)
 
         compiled = arrays.torch.compile(run, backend="eager", fullgraph=True)
-        message = r"fullgraph=True, it needs the ops .* torch\.ops\.cupy_paged"
+        says_why = tuple(map(int, arrays.torch.__version__.split(".")[:2])) >= (2, 8)
+        message = r"it needs the ops .* torch\.ops\.cupy_paged" if says_why else "disable"
         with pytest.raises(exceptions.Unsupported, match=message):
             compiled(*call.args, **call.keywords)
 
