@@ -246,8 +246,13 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.device == "cpu":
         xp, where = np, "NumPy reference"
     else:
-        import cupy as xp
+        try:
+            import cupy as xp
 
+            xp.cuda.Device().use()
+        except Exception as error:  # of the import, or of CUDA's own kinds
+            print(f"No GPU to measure on: {error}. --device cpu measures the NumPy reference")
+            return 2
         where = f"{found['device']}, {found['date'][:10]}"
     rows = []
     for row in measure(xp):

@@ -161,6 +161,7 @@ _ONE_DTYPE = {
     "block_tables": "int32", "seq_lens": "int32", "cu_seq_lens": "int32", "seq_starts": "int32",
     "slot_mapping": "int64", "block_mapping": "int64", "alibi_slopes": "float32",
     "scale": "float32", "k_scale": "float32", "v_scale": "float32", "output_scale": "float32",
+    "query": ", ".join(FLOATS), "lse": "float32",
 }  # fmt: skip
 
 

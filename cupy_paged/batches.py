@@ -44,6 +44,10 @@ class Batch(NamedTuple):
     max_seq_len: int
     ends: tuple[tuple[Sequence, int, int], ...]
 
+    def __repr__(self) -> str:
+        rows, tokens = len(self.seq_lens), len(self.slot_mapping)
+        return f"<Batch of {rows} rows and {tokens} tokens, of {len(self.ends)} sequences>"
+
 
 class HostBatch(NamedTuple):
     """The arrays of a `Batch` on the host; `tokens` holds slots, positions and ids."""

@@ -21,8 +21,9 @@ from cupy_paged.dtypes import itemsize
 from cupy_paged.graph_breaks import breaks_graphs
 from cupy_paged.streams import ordered
 
+_OFF = "", "0", "off", "no", "false"
 _is_on = ContextVar(
-    "cupy_paged_checked", default=os.environ.get("CUPY_PAGED_CHECK", "") not in ("", "0")
+    "cupy_paged_checked", default=os.environ.get("CUPY_PAGED_CHECK", "").lower() not in _OFF
 )
 
 is_on = _is_on.get

@@ -201,12 +201,15 @@ class PagedKVCache:
     def free_when_idle(self, sequences: Collection[Sequence]) -> None:
         """As `free`, for finalizers, which any thread may run in the middle of anything.
 
-        At once; or, where a method of the cache is running, before the next one begins.
+        At once; or, where a method of the cache is running, before the next one begins that is
+        neither `write` nor `attend`. What has been freed by then is left out.
         """
+        pool = self.pool  # what is left to be done must not keep the cache
 
         def free_all() -> None:
             for sequence in sequences:
-                self.pool.free(sequence)
+                if sequence in pool.sequences:
+                    pool.free(sequence)
 
         self._turn.when_idle(free_all)
 
@@ -286,7 +289,10 @@ class PagedKVCache:
             ("max_num_tokens", host.tokens.shape[1], self._max_num_tokens),
         ):
             if most is not None and got > most:
-                raise ValueError(f"{name}: the batch has {got}, the cache was made for {most}")
+                raise ValueError(
+                    f"{name}: the batch has {got}, the cache was made for {most}; needs fewer "
+                    "sequences, or max_tokens"
+                )
         held = held_stream(self.key_caches[0], stream)
         stream, _ = held
         self._check_outside_of_capture("batch", stream)
@@ -314,7 +320,7 @@ class PagedKVCache:
         """
         turn = self._turn
         lock = turn.lock
-        if not lock.acquire(False):
+        if not lock.acquire(False) and not turn.outlasts_finalizers():
             raise two_threads("write")
         try:
             turn.is_inside = True
@@ -358,7 +364,7 @@ class PagedKVCache:
         """
         turn = self._turn
         lock = turn.lock
-        if not lock.acquire(False):
+        if not lock.acquire(False) and not turn.outlasts_finalizers():
             raise two_threads("attend")
         try:
             turn.is_inside = True

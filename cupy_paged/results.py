@@ -160,6 +160,6 @@ def _numpy_dtype(dtype: str) -> np.dtype:
         import ml_dtypes
     except ImportError as error:
         raise ImportError(
-            "a bfloat16 result needs ml_dtypes: pip install ml_dtypes, or pass out="
+            "bfloat16 arrays of NumPy and CuPy need ml_dtypes: pip install ml_dtypes"
         ) from error
     return np.dtype(ml_dtypes.bfloat16)

@@ -6,7 +6,7 @@ import operator
 import sys
 from array import array
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from cupy_paged import checks
 from cupy_paged.block_allocator import BlockAllocator, NeverFits
@@ -52,6 +52,9 @@ class Sequence:
     def is_offloaded(self) -> bool:
         """Whether it is on the host, and has to be restored before it can go on."""
         return self.host_blocks is not None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("sequence: can be neither copied nor pickled, see fork: it is its cache's")
 
     def __repr__(self) -> str:
         if self.pool is None:
@@ -151,7 +154,7 @@ class SequencePool:
         """
         self._num_blocks(_count(count))  # before room is made for that many
         ids = _ids(tokens, count)
-        hash(salt)  # raises TypeError before anything has changed
+        _check_hashable(salt)
         found: list[Entry] = []
         looked_up = max(len(ids) - 1, 0) // self.block_size if self.prefix_caching else 0
         if looked_up:
@@ -216,11 +219,9 @@ class SequencePool:
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Takes back all but the first tokens, and the blocks that held the others alone."""
         self.check(sequence)
-        num_tokens = operator.index(num_tokens)
-        if not 0 <= num_tokens <= len(sequence):
-            raise ValueError(
-                f"num_tokens: got {num_tokens}, needs 0 to the sequence's {len(sequence)}"
-            )
+        num_tokens = checks.is_int(num_tokens, "num_tokens", 0, sys.maxsize)
+        if num_tokens > len(sequence):
+            raise ValueError(f"num_tokens: got {num_tokens}, the sequence has {len(sequence)}")
         self.unused_slots -= self._unused(sequence)
         sequence.num_written = min(sequence.num_written, num_tokens)
         sequence.version += 1
@@ -366,12 +367,20 @@ def _count(count: int) -> int:
     return checks.is_int(count, "count", 0, sys.maxsize)
 
 
+def _check_hashable(salt: Hashable) -> None:
+    try:
+        hash(salt)
+    except TypeError as error:
+        raise TypeError(f"salt: {error}, needs a value that can be hashed") from None
+
+
 def _ids(tokens: Iterable[int], count: int) -> list[int]:
     try:
         ids = list(map(operator.index, tokens))
-    except TypeError:
+    except TypeError as error:
         raise TypeError(
-            f"tokens: got {type(tokens).__name__}, needs token ids, one integer each, as in a list"
+            f"tokens: got {type(tokens).__name__}, needs token ids, one integer each, as in a list "
+            f"({error})"
         ) from None
     if ids and not 0 <= min(ids) <= max(ids) < 2**63:
         wrong = min(ids) if min(ids) < 0 else max(ids)

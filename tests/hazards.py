@@ -603,6 +603,8 @@ ALLOCATOR = (
             "test_one_thread.py::test_threads_whose_steps_mix_get_errors_and_no_wrong_numbers",
             "test_one_thread.py::test_threads_that_take_turns_get_what_they_wrote",
             "test_one_thread.py::test_a_cache_that_a_thread_was_in_at_a_fork_works_in_the_child",
+            "test_one_thread.py::test_a_finalizer_in_the_middle_of_a_method_waits_for_the_next",
+            "test_one_thread.py::test_a_thread_waits_for_a_finalizer_of_another",
         ),
         "writers of one's own and replays of graphs, which read a batch by themselves",
     ),

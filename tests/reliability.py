@@ -1,7 +1,7 @@
 """What stands between a hazard and a user.
 
-`python tests/reliability.py [LOG ...]` writes docs/RELIABILITY.md: hazards that have bitten systems
-of this kind, the tests that stop them here, and the scoreboard, which it prints as well. The last
+`python tests/reliability.py [LOG ...]` writes docs/RELIABILITY.md: the scoreboard, which it prints
+as well, and hazards that have bitten systems of this kind, with the tests that stop them. The last
 line of each LOG is put on record first: what `python -m tests.fuzz`, `python -m tests.mutants`,
 `python tests/soak.py` or `python tests/sanitize.py` has printed, or the file that a run of pytest
 has written to CUPY_PAGED_FIGURES.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
@@ -27,25 +28,64 @@ PAGE = receipt.ROOT / "docs" / "RELIABILITY.md"
 def page() -> str:
     """The text of docs/RELIABILITY.md."""
     hazards = [line for name in SECTIONS for line in _section(name)]
-    return "\n".join([*_head(), *hazards, *_results(), ""])
+    return "\n".join([*_results(), *_hazards(), *hazards, ""])
 
 
-def _head() -> list[str]:
-    on_gpu = len(scoreboard.FAULTS["gpu"])
-    of_kernels = sum(mutant.file.startswith("kernels/") for mutant in MUTANTS)
+def _results() -> list[str]:
+    last = receipt.read()
+    commit = scoreboard.records().get("receipt", {}).get("commit")
+    of_commit = f", of commit {commit}" if commit else ""
     return [
         "# Reliability",
+        *_paragraph(
+            """What was counted by tests that passed and by longer runs, and then what has gone
+            wrong in systems of this kind, with the tests that stop it here. This page is made by
+            `python tests/reliability.py`; [CONTRIBUTING](../CONTRIBUTING.md) says how figures get
+            into it, and their record is [reliability.json](reliability.json)."""
+        ),
         "",
-        "What has gone wrong in systems of this kind, and the tests that stop it here. Tests in",
-        "`gpu/` need a CUDA device, and gpu/test_devices.py two; the others run anywhere, on the",
-        "NumPy reference and on stand-ins. Suites in `support/` run in both places, with arrays of",
-        "several frameworks. The last column says what none of the tests beside it shows.",
+        "## Scoreboard",
+        *_paragraph(
+            f"Last run of all tests on a GPU: {receipt.summary(last)}{of_commit}."
+            if last
+            else "The tests have not been run on a GPU yet."
+        ),
+        *_paragraph(
+            """A commit that a figure "was measured at" had other sources than that run. What a
+            command has counted, it counts again. What tests have counted, `pytest` does: those in
+            `gpu/`, and suites in `support/` where they run on a GPU, for the
+            [receipt](../tests/gpu_receipt.json)."""
+        ),
         "",
-        f"The tests are tested: {len(MUTANTS)} deliberate faults, {of_kernels} of them in kernels,",
-        f"are each to turn tests red (`python -m tests.mutants`); {on_gpu} of them need a GPU for",
-        "that. `python -m tests.fuzz` draws as many more cases as are wanted, from any seed. This",
-        "page is made by `python tests/reliability.py`.",
+        *scoreboard.table(),
+        *_paragraph(
+            """Each run of compute-sanitizer has to find a fault that was planted for the tool,
+            before it is believed to find nothing. Racecheck runs kernels in which every lane of a
+            warp waits and signals for itself: it does not see that `__syncwarp` comes between what
+            a lane does and what another one signals for all, and reports a race where there is
+            none. So it does not show that the `__syncwarp` before such a signal is there; nothing
+            here does. It looks at shared memory alone, which merging, writing, copying, swapping
+            and converting to fp8 do not use."""
+        ),
     ]
+
+
+def _hazards() -> list[str]:
+    on_gpu = len(scoreboard.FAULTS["gpu"])
+    of_kernels = sum(mutant.file.startswith("kernels/") for mutant in MUTANTS)
+    return _paragraph(
+        f"""Below are the hazards. Tests in `gpu/` need a CUDA device, and gpu/test_devices.py two;
+        the others run anywhere, on the NumPy reference and on stand-ins. Suites in `support/` run
+        in both places, with arrays of several frameworks. The last column says what none of the
+        tests beside it shows. The tests are tested: each of {len(MUTANTS)} deliberate faults,
+        {of_kernels} of them in kernels, is to turn tests red (`python -m tests.mutants`); {on_gpu}
+        of them need a GPU for that. `python -m tests.fuzz` draws as many more cases as are wanted,
+        from any seed."""
+    )
+
+
+def _paragraph(text: str) -> list[str]:
+    return ["", *textwrap.wrap(" ".join(text.split()), 98, break_on_hyphens=False)]
 
 
 def _section(name: str) -> list[str]:
@@ -54,37 +94,7 @@ def _section(name: str) -> list[str]:
 
 
 def _row(hazard: Hazard) -> str:
-    return f"| {hazard.name} | {', '.join(map(_link, hazard.tests))} | {hazard.open} |"
-
-
-def _link(test: str) -> str:
-    file, _, name = test.partition("::")
-    return f"[{name or file}](../tests/{file})"
-
-
-def _results() -> list[str]:
-    last = receipt.read()
-    commit = scoreboard.records().get("receipt", {}).get("commit")
-    of_commit = f", of commit {commit}" if commit else ""
-    return [
-        "",
-        "## Last run on a GPU",
-        "",
-        f"{receipt.summary(last)}{of_commit}." if last else "None.",
-        "",
-        "## Scoreboard",
-        "",
-        "What was counted on the way, by tests that passed and by longer runs. A commit that a",
-        'figure "was measured at" had other sources than the last run on a GPU.',
-        "",
-        *scoreboard.table(),
-        "",
-        "Racecheck runs kernels in which every lane of a warp waits and signals for itself: it",
-        "does not see that `__syncwarp` comes between what a lane does and what another one",
-        "signals for all, and reports a race where there is none. So it does not show that the",
-        "`__syncwarp` before such a signal is there; nothing here does. It looks at shared memory",
-        "alone, which merging, writing, copying, swapping and converting do not use.",
-    ]
+    return f"| {hazard.name} | {', '.join(map(scoreboard.link, hazard.tests))} | {hazard.open} |"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,8 +5,9 @@ tests side by side, with pytest-xdist: racecheck takes some minutes with one.
 
 Memory pools are switched off: an access past the end of one array would otherwise land in the
 pool's own memory and pass. For racecheck every lane waits and signals for itself: the tool takes
-what one does for its warp, behind a __syncwarp, for a race. Exits with the sanitizer's status,
-which is not 0 if it found anything or a test failed.
+what one does for its warp, behind a __syncwarp, for a race. Before all that the tool has to find a
+fault that was planted for it. Exits with the sanitizer's status, which is not 0 if it found
+anything else or a test failed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from support import device, receipt
 
 TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"
+SANITIZER = "compute-sanitizer"
+PLANTED = "tests/planted_faults.py::test_a_fault"
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = (  # of kernels that use it, which is what racecheck looks at
     "tests/gpu/test_attention.py::test_matches_oracle",
@@ -51,21 +54,33 @@ def main() -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes, with pytest-xdist")
     options = parser.parse_args()
     tool = options.tool
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
+    if shutil.which(SANITIZER) is None:
+        print(f"{SANITIZER} is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", ARRAYS]
-    if options.workers:
-        pytest += ["-n", str(options.workers)]
-    pytest += SHARED_MEMORY if tool == "racecheck" else GRID
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest]
+    in_processes = ["-n", str(options.workers)] if options.workers else []
+    planted, _ = run(tool, [f"{PLANTED}[{tool}]", *in_processes])
+    if not planted:
+        print(f"{tool} has not found the fault that was planted for it")
+        return 1
+    grid = SHARED_MEMORY if tool == "racecheck" else GRID
+    found, status = run(tool, ["-x", "-k", ARRAYS, *in_processes, *grid])
+    if found is None or (status and not found):
+        print(f"{tool} says nothing about all tests: some failed, or none ran")
+        return status or 1
+    print(json.dumps({"sanitizer": {tool: found}, **receipt.stamp(device.name())}))
+    return status
+
+
+def run(tool: str, tests: list[str]) -> tuple[int | None, int]:
+    """How much the tool has found in tests, None if it does not say; and its exit status."""
+    watching = [SANITIZER, "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if tool == "racecheck":
         changes["CUPY_PAGED_TEST_DEFINE"] = "CUPY_PAGED_EVERY_LANE"  # see kernels/barriers.cuh
     found = None
     with subprocess.Popen(
-        command,
+        [*watching, *pytest, *tests],
         cwd=ROOT,
         env=os.environ | changes,
         stdout=subprocess.PIPE,
@@ -76,11 +91,7 @@ def main() -> int:
             print(line, end="", flush=True)
             if summary := SUMMARY.search(line):
                 found = (found or 0) + int(summary[1])
-    if found is None or (process.returncode and not found):
-        print(f"{tool} says nothing about all tests: some failed, or none ran")
-        return process.returncode or 1
-    print(json.dumps({"sanitizer": {tool: found}, **receipt.stamp(device.name())}))
-    return process.returncode
+    return found, process.returncode
 
 
 if __name__ == "__main__":

@@ -40,12 +40,14 @@ class Row(NamedTuple):
     target    what it should come to
     kind      of the runs that it is from; "tests" for the receipt and tests on the host
     found     the words for it; raises KeyError for a run that has not counted it
+    how       to count it again: a command, or tests as in hazards.py
     """
 
     what: str
     target: str
     kind: str
     found: Callable[[Figures], str]
+    how: str | tuple[str, ...]
 
 
 def _failures(count: int) -> str:
@@ -57,7 +59,8 @@ def _fuzz(run: Figures) -> str:
     cases = sum(seed["cases"] for seed in run["seeds"].values())
     failures = sum(len(seed["failures"]) for seed in run["seeds"].values())
     words = "seed" if len(seeds) == 1 else "seeds"
-    return f"{cases:,} from {words} {', '.join(map(str, seeds))}; {_failures(failures)}"
+    drawn = f"{cases:,} from {words} {', '.join(map(str, seeds))}"
+    return f"{drawn}, of {run['specialisations']} specialisations each; {_failures(failures)}"
 
 
 def _accuracy(run: Figures) -> str:
@@ -101,8 +104,8 @@ def _soak(run: Figures) -> str:
 
 def _hand_offs(run: Figures) -> str:
     return (
-        f"{run['hand-offs']:,} in {run['ways of hand-offs']} ways, of which "
-        f"{run['late hand-offs']:,} were seen to be early for work that was late"
+        f"{run['hand-offs']:,} in {run['ways of hand-offs']} ways; {run['late hand-offs']:,} times "
+        "the data was seen to be still on its way when it was handed over"
     )
 
 
@@ -120,28 +123,28 @@ def _count(name: str) -> Callable[[Figures], str]:
 
 
 ROWS = (
-    Row("Random calls of every operator, on a GPU (`python -m tests.fuzz`)", "10,000, 0 failures", "fuzz gpu", _fuzz),
-    Row("Random calls of every operator, of the reference (`python -m tests.fuzz --device host`)", "0 failures", "fuzz host", _fuzz),
-    Row("Largest error over that of the same precision (`python -m benchmarks accuracy`)", "at most 2", "accuracy", _accuracy),
-    Row("Needles found at the edges of pages and partitions, and at the end", "all", "tests", _count("needles")),
-    Row("Faults put in on purpose that tests on a GPU notice (`python -m tests.mutants`)", "all", "mutants gpu", _mutants(FAULTS["gpu"])),
-    Row("Faults put in on purpose that tests on the host notice (`python -m tests.mutants`)", "all", "mutants host", _mutants(FAULTS["host"])),
-    Row("Dtypes x cache dtypes x layouts that were run", "all", "tests", _coverage),
-    Row("Runs in a poisoned pool, of the same bits as in a clean one", "all", "tests", _count("poisoned pools")),
-    Row("Largest pool, and the highest offset of an element in use", "more than 2^32 elements", "tests", _largest),
-    Row("Tokens of the longest sequence", "1,048,576", "tests", _count("tokens of a sequence")),
-    Row("Decode steps through `PagedKVCache` (`python tests/soak.py`)", "1,000,000, 0 failures", "soak", _soak),
-    Row("Wrong calls refused by an error that names the argument", "200, all that are tried", "tests", _count("wrong calls")),
-    Row("Replays of CUDA graphs with other rows, lengths and tables", "10,000", "tests", _count("graph replays")),
-    Row("Runs again that gave the same bits, 250 of each call", "all", "tests", _count("repeated runs")),
-    Row("Rows with the same bits alone and in other batches", "all", "tests", _count("rows in other batches")),
-    Row("Hand-offs between frameworks and streams, none of which read stale data", "1,000 of each way", "tests", _hand_offs),
-    Row("compute-sanitizer over a reduced grid (`python tests/sanitize.py`)", "0 findings", "sanitizer", _tools),
-    Row("Operations on the block pool, checked against a model", "10,000,000, 0 violations", "tests", _count("pool operations")),
-    Row("Faults of the kernel cache survived", "12 kinds, all", "tests", _count("cache faults")),
-    Row("Processes that began together on an empty kernel cache, all of them right", "16", "tests", _count("cold starts")),
-    Row("Specialisations compiled without a GPU, none of which spills", "all", "tests", _compiled),
-    Row("Merges of up to 8 ranks, any of them empty, in several orders, equal to the whole", "all patterns", "tests", _count("merges of ranks")),
+    Row("Random calls of all operators together, on a GPU", "10,000, 0 failures", "fuzz gpu", _fuzz, "python -m tests.fuzz --cases 10000 --device gpu --workers 8"),
+    Row("Random calls of all operators together, of the reference", "2,000, 0 failures", "fuzz host", _fuzz, "python -m tests.fuzz --cases 1000 --device host --seed 0"),
+    Row("Error against float64, as a multiple of the plain formula's in the same precision", "at most 2", "accuracy", _accuracy, "python -m benchmarks accuracy"),
+    Row("Needles found at the edges of pages and partitions, and at the end", "all", "tests", _count("needles"), ("support/attention_suite.py::test_needle_at_every_page_and_partition_edge", "gpu/test_attention.py::test_needles_in_long_contexts", "gpu/test_attention.py::test_a_million_tokens")),
+    Row("Faults put in on purpose that tests on a GPU notice", "all", "mutants gpu", _mutants(FAULTS["gpu"]), "python -m tests.mutants --workers 8"),
+    Row("Faults put in on purpose that tests on the host notice", "all", "mutants host", _mutants(FAULTS["host"]), "python -m tests.mutants --workers 8"),
+    Row("Dtypes x cache dtypes x layouts that were run", "all", "tests", _coverage, ("gpu/test_attention.py::test_matches_oracle",)),
+    Row("Runs in a poisoned pool, of the same bits as in a clean one", "all", "tests", _count("poisoned pools"), ("support/attention_suite.py::test_dead_slots_and_wild_ids_change_nothing",)),
+    Row("Largest pool, and the highest offset of an element in use", "more than 2^32 elements", "tests", _largest, ("gpu/test_large_pool.py::test_a_pool_of_more_elements",)),
+    Row("Tokens of the longest sequence", "1,048,576", "tests", _count("tokens of a sequence"), ("gpu/test_attention.py::test_a_million_tokens",)),
+    Row("Decode steps through `PagedKVCache`", "1,000,000, 0 failures", "soak", _soak, "python tests/soak.py --steps 1000000 --workers 8"),
+    Row("Wrong calls refused by an error that names the argument", "200, all that are tried", "tests", _count("wrong calls"), ("test_errors.py::test_a_bad_call_is_refused_and_writes_nothing",)),
+    Row("Replays of CUDA graphs with other rows, lengths and tables", "10,000", "tests", _count("graph replays"), ("gpu/test_graphs.py::test_ten_thousand_replays",)),
+    Row("Runs again that gave the same bits, 250 of each call", "all", "tests", _count("repeated runs"), ("gpu/test_bitwise.py::test_many_runs_give_the_same_bits",)),
+    Row("Rows with the same bits alone and in other batches", "all", "tests", _count("rows in other batches"), ("gpu/test_bitwise.py::test_a_row_has_the_same_bits_in_any_batch", "support/attention_suite.py::test_row_alone_has_the_bits_it_has_in_a_batch")),
+    Row("Hand-offs between frameworks and streams, none of which read stale data", "1,000 of each way", "tests", _hand_offs, ("gpu/test_handoffs.py::test_an_input_of_another_framework_is_awaited", "gpu/test_handoffs.py::test_an_output_of_another_framework_is_awaited_there", "gpu/test_handoffs.py::test_memory_may_be_reused_right_after_the_call")),
+    Row("Findings of compute-sanitizer over a reduced grid", "0", "sanitizer", _tools, "python tests/sanitize.py TOOL --workers 8"),
+    Row("Operations on the block pool, checked against a model", "10,000,000, 0 violations", "tests", _count("pool operations"), ("test_block_allocator.py::test_pool_agrees_with_a_simple_model", "test_sequences.py::test_pool_agrees_with_a_simple_model")),
+    Row("Faults of the kernel cache survived", "12 kinds, all", "tests", _count("cache faults"), ("gpu/test_kernel_cache.py::test_a_damaged_entry_is_compiled_again", "gpu/test_kernel_cache.py::test_where_nothing_can_be_kept_ops_run_and_say_so_once")),
+    Row("Processes that began together on an empty kernel cache, all of them right", "16", "tests", _count("cold starts"), ("gpu/test_kernel_cache.py::test_processes_that_start_together_are_all_right",)),
+    Row("Specialisations compiled without a GPU, none of which spills", "all", "tests", _compiled, ("test_compile.py::test_kernels_compile_without_spills",)),
+    Row("Merges of up to 8 ranks, any of them empty, in several orders, equal to the whole", "all patterns", "tests", _count("merges of ranks"), ("support/merge_suite.py::test_ranks_of_which_any_may_be_empty_in_any_order",)),
 )  # fmt: skip
 
 
@@ -214,7 +217,7 @@ def _keep_fuzz(kept: dict[str, Any], run: Figures, stamp: Figures) -> None:
         cases = max(cases, before["cases"])
         failures = [*before["failures"], *(f for f in failures if f not in before["failures"])]
     seeds = seeds | {str(run["seed"]): {"cases": cases, "failures": failures}}
-    kept[kind] = {**stamp, "seeds": seeds}
+    kept[kind] = {**stamp, "seeds": seeds, "specialisations": run["specialisations"]}
 
 
 def _keep_beside(
@@ -269,6 +272,7 @@ class Score(NamedTuple):
     date: str
     commit: str
     device: str
+    how: str
 
 
 def _numbers(figures: Figures) -> Figures:
@@ -334,13 +338,21 @@ def scores() -> Iterator[Score | Row]:
         commit = run["commit"] or f"sources {run['sources'][:10]}"
         if last is None or run["sources"] != last["sha256"]:
             commit = f"measured at {commit}"
-        yield Score(row.what, row.target, words, run["date"], commit, run["device"])
+        how = f"`{row.how}`" if isinstance(row.how, str) else ", ".join(map(link, row.how))
+        yield Score(row.what, row.target, words, run["date"], commit, run["device"], how)
+
+
+def link(test: str) -> str:
+    """A link from docs/ to a test, "file::name" below tests/."""
+    file, _, name = test.partition("::")
+    return f"[{name or file}](../tests/{file})"
 
 
 def table() -> list[str]:
     """Lines of Markdown."""
     found = list(scores())
-    lines = ["| What | Target | Found | Date | Commit | Device |", "|---|---|---|---|---|---|"]
+    columns = "What", "Target", "Found", "Date", "Commit", "Device", "Counted by"
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(score)} |" for score in found if isinstance(score, Score)]
     missing = [f"- {row.what}" for row in found if isinstance(row, Row)]
     return [*lines, "", "Not measured yet:", "", *missing] if missing else lines

@@ -236,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--seed", type=int, default=0, help="of the first worker")
     arguments = parser.parse_args(argv)
+    if arguments.device == "gpu" and (why := device.missing()):
+        print(f"No GPU to run on: {why}. --device cpu runs on the NumPy reference")
+        return 2
     start = time.perf_counter()
     seeds = range(arguments.seed, arguments.seed + arguments.workers)
     each = -(-arguments.steps // arguments.workers)

@@ -46,7 +46,9 @@ def test_it_is_off_and_of_one_thread():
     assert seen == [False]
 
 
-@pytest.mark.parametrize(("setting", "expected"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("setting", "expected"), [("1", True), ("0", False), ("", False), ("Off", False)]
+)
 def test_the_environment_turns_it_on(setting, expected):
     code = "from cupy_paged import checked_mode; print(checked_mode.is_on())"
     environment = os.environ | {"CUPY_PAGED_CHECK": setting}

@@ -700,7 +700,12 @@ def test_an_unknown_argument_is_named(operator):
 
 
 @pytest.mark.parametrize(
-    ("name", "needs"), [("query", "needs float16, bfloat16, float32, or"), ("seq_lens", "int32$")]
+    ("name", "needs"),
+    [
+        ("query", "needs float16, bfloat16, float32$"),
+        ("key_cache", "needs float16, bfloat16, float32, or fp8"),
+        ("seq_lens", "int32$"),
+    ],
 )
 def test_a_dtype_of_no_argument_names_what_this_one_needs(name, needs):
     given = attention_arguments()

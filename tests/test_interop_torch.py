@@ -41,9 +41,8 @@ def test_every_public_function_breaks_graphs():
         assert marked and all(vars(f)["_torchdynamo_disable_msg"] == REASON for f in marked), name
 
 
-@pytest.mark.skipif(not TORCH, reason="needs torch")
 @pytest.mark.parametrize("error", [None, AttributeError, TypeError, AssertionError])
-def test_a_dynamo_with_other_names_still_sees_the_mark(monkeypatch, error):
+def test_a_dynamo_with_other_names_still_sees_the_mark(arrays, monkeypatch, error):
     told = []
 
     def add(folder):

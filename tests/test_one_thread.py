@@ -1,9 +1,11 @@
 """A `PagedKVCache` that threads share: calls that overlap are errors, and finalizers are heard."""
 
 import contextlib
+import gc
 import os
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +134,80 @@ def test_blocks_of_a_finalizer_are_there_for_who_needs_them(inside):
     cache.free_when_idle([ended])
     inside.end()
     assert len(cache.add([3])) == 1
+
+
+@pytest.mark.parametrize("method", ["add", "write", "attend"])
+def test_a_thread_waits_for_a_finalizer_of_another(method, monkeypatch):
+    # It alone uses the cache: to refuse it for what the collector does elsewhere would be wrong.
+    cache = new()
+    sequence, ended = cache.add([1]), cache.add([2])
+    batch = cache.batch([sequence])
+    entered, leave, free = threading.Event(), threading.Event(), cache.pool.free
+
+    def slowly(sequence):
+        entered.set()
+        assert leave.wait(60)
+        free(sequence)
+
+    monkeypatch.setattr(cache.pool, "free", slowly)
+    finalizer = threading.Thread(target=cache.free_when_idle, args=([ended],))
+    finalizer.start()
+    assert entered.wait(60)
+    threading.Timer(0.05, leave.set).start()
+    if method == "add":
+        cache.add([3])
+    elif method == "write":
+        cache.write(0, ones(1), ones(1), batch)
+    else:
+        cache.attend(0, ones(1), batch)
+    assert leave.is_set(), "it has not waited"
+    finalizer.join()
+    assert ended not in cache.sequences
+
+
+def test_a_finalizer_in_the_middle_of_another_waits_for_its_end(monkeypatch):
+    cache, depths = new(), []
+    first, second = cache.add([1]), cache.add([2])
+    free, depth = cache.pool.free, 0
+
+    def and_another(sequence):
+        nonlocal depth
+        depth += 1
+        depths.append(depth)
+        if sequence is first:
+            cache.free_when_idle([second])
+        free(sequence)
+        depth -= 1
+
+    monkeypatch.setattr(cache.pool, "free", and_another)
+    cache.free_when_idle([first])
+    assert depths == [1, 1] and cache.sequences == []
+
+
+def test_what_was_freed_before_its_finalizer_was_heard_is_left_out(inside):
+    cache = new()
+    first, second, third = (cache.add([i]) for i in range(3))
+    inside.begin(cache, cache.batch([third]))
+    cache.free_when_idle([first, second])
+    inside.end()
+    cache.pool.free(first)
+    cache.append(third, [4])
+    assert cache.sequences == [third]
+
+
+def test_what_a_finalizer_has_left_does_not_keep_the_cache(inside):
+    cache = new()
+    ended = cache.add([1])
+    inside.begin(cache, cache.batch([cache.add([2])]))
+    cache.free_when_idle([ended])
+    inside.end()
+    alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_thread_may_come_in_again(monkeypatch):

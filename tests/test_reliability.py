@@ -3,6 +3,7 @@
 import pytest
 
 import reliability
+import scoreboard
 from hazards import SECTIONS
 from support.receipt import ROOT
 
@@ -13,8 +14,19 @@ HAZARDS = [hazard for section in SECTIONS.values() for hazard in section]
 def test_the_tests_of_a_hazard_are_there(hazard):
     assert hazard.tests
     for test in hazard.tests:
-        file, name = test.split("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+        check_that_it_is_there(test)
+
+
+def check_that_it_is_there(test):
+    file, name = test.split("::")
+    assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
+@pytest.mark.parametrize("row", scoreboard.ROWS, ids=lambda row: row.what)
+def test_a_figure_says_what_counts_it(row):
+    assert isinstance(row.how, tuple) == (row.kind == "tests")
+    for test in row.how if row.kind == "tests" else ():
+        check_that_it_is_there(test)
 
 
 def test_no_two_hazards_are_alike():

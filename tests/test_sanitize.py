@@ -9,11 +9,24 @@ import sanitize
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command with a sanitizer that says and returns what it is told to."""
+    """Runs the command with a sanitizer that says and returns what it is told to.
 
-    def run(said, status):
+    planted    what it says of the fault that was planted for it
+    """
+
+    def run(said, status, planted="RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"):
         fake = tmp_path / "compute-sanitizer"
-        fake.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\nexit {status}\n")
+        fake.write_text(
+            f"""#!/bin/sh
+case "$*" in
+*planted_faults.py::test_a_fault\\[racecheck\\]*) echo "========= {planted}"; exit 1;;
+esac
+cat <<END
+{said}
+END
+exit {status}
+"""
+        )
         fake.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
         monkeypatch.setattr(sys, "argv", ["sanitize.py", "racecheck"])
@@ -43,6 +56,13 @@ def test_tests_that_failed_are_no_clean_bill(run, said):
     returned, last = run(said, 1)
     assert returned == 1
     assert "says nothing about all tests" in last
+
+
+@pytest.mark.parametrize("planted", ["", "RACECHECK SUMMARY: 0 hazards displayed"])
+def test_a_tool_that_is_blind_is_not_believed(run, planted):
+    returned, last = run("========= ERROR SUMMARY: 0 errors", 0, planted)
+    assert returned == 1
+    assert last == "racecheck has not found the fault that was planted for it"
 
 
 def test_a_tool_that_is_none_is_refused(monkeypatch, capsys):

@@ -13,7 +13,11 @@ from mutants.catalogue import MUTANTS
 from support import receipt
 
 SOURCES, OTHERS = "5" * 64, "0" * 64
-FUZZ = {"fuzz": "gpu", "seed": 0, "cases": 100, "not_run": 0, "failures": [], "device": "H"}
+FUZZ = {
+    "fuzz": "gpu", "seed": 0, "cases": 100, "not_run": 0, "failures": [], "device": "H",
+    "specialisations": 9,
+}  # fmt: skip
+EACH = "of 9 specialisations each"
 SOAK = {
     "soak": {"steps": 5000, "tokens": 70000, "compared": 51, "grown_bytes": 1 << 20},
     "failures": [],
@@ -69,7 +73,7 @@ def figures(sources=SOURCES, failed=0, **sums):
 
 def test_a_figure_of_the_receipt_has_its_day_device_and_commit(desk):
     desk.record()
-    assert desk.score("Needles")[2:] == ("1,234", "2026-01-02", "c0ffee", "H")
+    assert desk.score("Needles")[2:6] == ("1,234", "2026-01-02", "c0ffee", "H")
     desk.commits[SOURCES] = "decaf"
     desk.record()
     assert desk.score("Needles").commit == "c0ffee", "it is noted once"
@@ -111,12 +115,12 @@ def test_a_run_of_other_sources_says_so(desk):
 def test_seeds_of_the_same_sources_add_up(desk):
     failure = {"case": 7}
     desk.record(run_of(FUZZ, not_run=1), run_of(FUZZ, seed=2, failures=[failure]))
-    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failure"
+    assert desk.score("together, on a GPU").found == f"199 from seeds 0, 2, {EACH}; 1 failure"
     desk.record(run_of(FUZZ, seed=2, cases=40))
-    assert desk.score("operator, on a GPU").found == "199 from seeds 0, 2; 1 failure"
+    assert desk.score("together, on a GPU").found == f"199 from seeds 0, 2, {EACH}; 1 failure"
     desk.record(run_of(FUZZ, fuzz="host", device="CPU"))
-    assert desk.score("operator, on a GPU").found.startswith("199")
-    assert desk.score("operator, of the ref").found == "100 from seed 0; 0 failures"
+    assert desk.score("together, on a GPU").found.startswith("199")
+    assert desk.score("together, of the ref").found == f"100 from seed 0, {EACH}; 0 failures"
 
 
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
@@ -128,10 +132,10 @@ def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
         run_of({"mutants": two}, **changes),
         run_of({"sanitizer": {"racecheck": 0}}, **changes),
     )
-    assert desk.score("operator, on a GPU").found == "100 from seed 1; 0 failures"
+    assert desk.score("together, on a GPU").found == f"100 from seed 1, {EACH}; 0 failures"
     assert desk.score("on a GPU notice").found.startswith(f"1 of {len(scoreboard.FAULTS['gpu'])}, ")
     only_the_second = "memcheck: not run, initcheck: not run, racecheck: 0, synccheck: not run"
-    assert desk.score("sanitizer").found == only_the_second
+    assert desk.score("-sanitizer").found == only_the_second
 
 
 def test_mutants_and_tools_may_be_run_in_parts(desk):
@@ -144,7 +148,7 @@ def test_mutants_and_tools_may_be_run_in_parts(desk):
     desk.record(run_of({"mutants": rest | {last: "SURVIVED"}}))
     assert desk.score("on the host notice").found == f"{len(faults) - 1} of {len(faults)}"
     desk.record(*(run_of({"sanitizer": {tool: 0}}) for tool in sanitize.TOOLS))
-    assert desk.score("sanitizer").found == ", ".join(f"{tool}: 0" for tool in sanitize.TOOLS)
+    assert desk.score("-sanitizer").found == ", ".join(f"{tool}: 0" for tool in sanitize.TOOLS)
 
 
 def test_mutants_of_kernels_and_of_the_host_may_be_run_on_two_machines(desk):
@@ -176,9 +180,9 @@ def test_accuracy_is_of_the_kernels_of_the_receipt_or_says_so(desk):
     rows = [{"kind": "fp8", "error": error, "reference_error": 2.0} for error in (1.0, 3.0)]
     document = {"environment": environment, "rows": rows}
     scoreboard.ACCURACY.write_text(json.dumps(document))
-    assert desk.score("Largest error")[2:] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
+    assert desk.score("Error against")[2:6] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
     desk.receipt["kernels_sha256"] = "others"
-    assert desk.score("Largest error").commit == "measured at c0ffeec0ff"
+    assert desk.score("Error against").commit == "measured at c0ffeec0ff"
 
 
 def test_different_things_are_counted(desk):

@@ -288,7 +288,7 @@ def test_wrong_sequences_and_tokens():
         pool.free(3)
     with pytest.raises(ValueError, match="1 tokens are pending"):
         pool.fork(sequence)
-    with pytest.raises(ValueError, match="got 2, needs 0 to the sequence's 1"):
+    with pytest.raises(ValueError, match="num_tokens: got 2, the sequence has 1"):
         pool.truncate(sequence, 2)
     with pytest.raises(ValueError, match="the sequence has 1"):
         pool.commit(sequence, 2)
@@ -301,7 +301,7 @@ def test_wrong_sequences_and_tokens():
     for call in (lambda: pool.add(count=1.5), lambda: pool.append(sequence, count=1.5)):
         with pytest.raises(TypeError, match=r"^count: got 1\.5, needs an int"):
             call()
-    with pytest.raises(TypeError, match="unhashable"):
+    with pytest.raises(TypeError, match=r"^salt: unhashable type: 'list', needs a value"):
         pool.add([1], salt=[])
     assert repr(sequence) == "<Sequence of 1 tokens in 1 blocks, 1 pending>"
     pool.free(sequence)

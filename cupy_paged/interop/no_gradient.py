@@ -55,15 +55,18 @@ def refuse_gradients(name: str, sources: Sequence[Any]) -> None:
 
 def refuse_tangents(name: str, sources: Sequence[Any]) -> None:
     """Raises RuntimeError where a source has a tangent: nobody would come back for it."""
-    if has_tangents() and any(
-        forward_ad.unpack_dual(x).tangent is not None
-        for x in sources
-        if isinstance(x, torch.Tensor)
-    ):
+    if has_tangents() and any(_has_tangent(x) for x in sources if isinstance(x, torch.Tensor)):
         raise RuntimeError(
             f"forward mode: no tangent flows through {name}, which is for inference; needs "
             "detached tensors, and another attention to train"
         )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # torch.func.linearize asks where tangents cannot be seen
+        return True
 
 
 def without_gradient(name: str, made: torch.Tensor, sources: Sequence[Any]) -> torch.Tensor:

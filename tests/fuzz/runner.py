@@ -162,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.device = options.device or ("host" if device.missing() else "gpu")
+    if options.device == "gpu" and (why := device.missing()):
+        print(f"No GPU to run on: {why}. --device host runs the NumPy reference")
+        return 2
 
     if options.case is not None:
         print(run_case(options.seed, options.case, options.device))

@@ -259,7 +259,7 @@ MUTANTS = (
     Mutant(
         "a thread attends while another one takes a batch",
         "cupy_paged/kv_cache.py",
-        'if not lock.acquire(False):\n            raise two_threads("attend")\n',
+        'if not lock.acquire(False) and not turn.outlasts_finalizers():\n            raise two_threads("attend")\n',
         "lock = type(lock)()\n        lock.acquire()\n",
         ONE_THREAD,
     ),
@@ -280,8 +280,36 @@ MUTANTS = (
     Mutant(
         "a finalizer comes in the middle of a method",
         "cupy_paged/one_thread.py",
+        "if not self.is_inside and not self.is_freeing and self.lock.acquire(False):",
+        "if not self.is_freeing and self.lock.acquire(False):",
+        ONE_THREAD,
+    ),
+    Mutant(
+        "a finalizer comes in the middle of another",
+        "cupy_paged/one_thread.py",
+        "if not self.is_inside and not self.is_freeing and self.lock.acquire(False):",
         "if not self.is_inside and self.lock.acquire(False):",
-        "if self.lock.acquire(False):",
+        ONE_THREAD,
+    ),
+    Mutant(
+        "a thread is refused for a finalizer of another",
+        "cupy_paged/one_thread.py",
+        "return not self.is_inside and self.lock.acquire(timeout=_LONGEST_FINALIZER)",
+        "return False",
+        ONE_THREAD,
+    ),
+    Mutant(
+        "what finalizers leave is freed twice",
+        "cupy_paged/kv_cache.py",
+        "                if sequence in pool.sequences:\n                    pool.free(sequence)\n",
+        "                pool.free(sequence)\n",
+        ONE_THREAD,
+    ),
+    Mutant(
+        "what finalizers leave keeps the cache",
+        "cupy_paged/kv_cache.py",
+        "                if sequence in pool.sequences:\n",
+        "                if sequence in self.pool.sequences:\n",
         ONE_THREAD,
     ),
     Mutant(

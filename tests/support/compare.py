@@ -37,27 +37,29 @@ def close(got, want, dtype, what="out", tolerance=None, row_rounding=0.0):
     got, want = same_kind(got, want, dtype, what)
     tolerance = TOLERANCE[dtype] if tolerance is None else tolerance
     error, size = np.linalg.norm(got - want), np.linalg.norm(want)
-    assert error <= tolerance * size, (
-        f"{what}: relative error {error / max(size, 1e-300):.3g}, at most {tolerance:.3g}; "
-        + _worst_row(got, want)
-    )
     row_error = np.linalg.norm(got - want, axis=-1)
     row_size = np.linalg.norm(want, axis=-1)
-    bad = row_error > (ROW_SLACK * tolerance + row_rounding) * row_size
+    allowed = np.broadcast_to(ROW_SLACK * tolerance + row_rounding, row_size.shape)
+    assert error <= tolerance * size, (
+        f"{what}: relative error {error / max(size, 1e-300):.3g}, at most {tolerance:.3g}; "
+        + _worst_row(got, want, allowed)
+    )
+    bad = row_error > allowed * row_size
     assert not bad.any(), (
-        f"{what}: {bad.sum()} of {bad.size} rows have a relative error above "
-        f"{ROW_SLACK * tolerance:.3g}; " + _worst_row(got, want)
+        f"{what}: {bad.sum()} of {bad.size} rows are off by too much; "
+        + _worst_row(got, want, allowed)
     )
 
 
-def _worst_row(got, want):
+def _worst_row(got, want, allowed):
     error = np.linalg.norm(got - want, axis=-1)
     relative = error / np.maximum(np.linalg.norm(want, axis=-1), 1e-300)
-    row = np.unravel_index(np.argmax(relative), relative.shape)
+    row = np.unravel_index(np.argmax(relative / allowed), relative.shape)
     element = int(np.argmax(np.abs(got[row] - want[row])))
     return (
-        f"worst row {tuple(map(int, row))}: relative error {relative[row]:.3g}, at element "
-        f"{element}: {got[row][element]!r}, expected {want[row][element]!r}"
+        f"worst row {tuple(map(int, row))}: relative error {relative[row]:.3g}, at most "
+        f"{allowed[row]:.3g}, at element {element}: {got[row][element]!r}, "
+        f"expected {want[row][element]!r}"
     )
 
 
