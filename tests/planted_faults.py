@@ -14,7 +14,17 @@ SOURCES = {
         shared[threadIdx.x] = threadIdx.x;
         x[threadIdx.x] = shared[63 - threadIdx.x];
     }""",
-    "synccheck": 'extern "C" __global__ void f(int* x) { if (threadIdx.x % 2) __syncthreads(); }',
+    "synccheck": """extern "C" __global__ void f(volatile int* x) {
+        if (threadIdx.x < 32) {
+            x[0] = 1;
+            __syncthreads();
+            x[1] = 2;
+        } else {
+            x[2] = 3;
+            __syncthreads();
+            x[3] = 4;
+        }
+    }""",
 }
 
 
