@@ -1,7 +1,8 @@
 """Runs a reduced grid of the GPU tests under compute-sanitizer: `python tests/sanitize.py [TOOL]`.
 
-TOOL is memcheck (the default), initcheck, racecheck or synccheck. `--workers N` runs N processes of
-tests side by side, with pytest-xdist: racecheck takes some minutes with one.
+TOOL is memcheck (the default), initcheck, racecheck or synccheck. `--workers N` runs N sanitizers
+side by side, each with a share of the tests: racecheck takes a quarter of an hour with one. (One
+sanitizer that watches the workers of pytest-xdist needs minutes until eight of them have begun.)
 
 Memory pools are switched off: an access past the end of one array would otherwise land in the
 pool's own memory and pass. For racecheck every lane waits and signals for itself: the tool takes
@@ -13,6 +14,7 @@ anything else or a test failed.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import re
@@ -20,13 +22,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import share as share_of_tests
 
 from support import device, receipt
 
 TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"
 SANITIZER = "compute-sanitizer"
 PLANTED = "tests/planted_faults.py::test_a_fault"
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
 SHARED_MEMORY = (  # of kernels that use it, which is what racecheck looks at
     "tests/gpu/test_attention.py::test_matches_oracle",
     "tests/gpu/test_attention.py::test_matches_oracle_on_few_thread_blocks",
@@ -51,47 +56,70 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:errors?|hazards? displayed)")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/sanitize.py")
     parser.add_argument("tool", nargs="?", default=TOOLS[0], choices=TOOLS)
-    parser.add_argument("--workers", type=int, metavar="N", help="processes, with pytest-xdist")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sanitizers, each with a share of the tests",
+    )
     options = parser.parse_args()
     tool = options.tool
     if shutil.which(SANITIZER) is None:
         print(f"{SANITIZER} is not on the PATH; it comes with the CUDA toolkit")
         return 2
-    in_processes = ["-n", str(options.workers)] if options.workers else []
-    planted, _ = run(tool, [f"{PLANTED}[{tool}]", *in_processes])
-    if not planted:
+    if not run(tool, [f"{PLANTED}[{tool}]"]).found:
         print(f"{tool} has not found the fault that was planted for it")
         return 1
-    grid = SHARED_MEMORY if tool == "racecheck" else GRID
-    found, status = run(tool, ["-x", "-k", ARRAYS, *in_processes, *grid])
-    if found is None or (status and not found):
+    tests = ["-x", "-k", ARRAYS, *(SHARED_MEMORY if tool == "racecheck" else GRID)]
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        shares = [f"{i}/{options.workers}" for i in range(options.workers)]
+        results = list(pool.map(lambda share: run(tool, tests, share), shares))
+    status = max(result.status for result in results)
+    if any(result.found is None or (result.status and not result.found) for result in results):
         print(f"{tool} says nothing about all tests: some failed, or none ran")
         return status or 1
+    found = sum(result.found for result in results)
     print(json.dumps({"sanitizer": {tool: found}, **receipt.stamp(device.name())}))
     return status
 
 
-def run(tool: str, tests: list[str]) -> tuple[int | None, int]:
-    """How much the tool has found in tests, None if it does not say; and its exit status."""
+class Result(NamedTuple):
+    """
+    found     how many findings the tool has counted, None if it does not say
+    status    with which it ended
+    """
+
+    found: int | None
+    status: int
+
+
+def run(tool: str, tests: list[str], share: str = "0/1") -> Result:
+    """Runs a share of tests under a tool, and prints what they say."""
     watching = [SANITIZER, "--tool", tool, "--target-processes", "all", "--error-exitcode", "1"]
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    changes = {"CUPY_PAGED_TEST_POOL": "off", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "share"]
+    changes = {
+        "CUPY_PAGED_TEST_POOL": "off",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        share_of_tests.VARIABLE: share,
+    }
     if tool == "racecheck":
         changes["CUPY_PAGED_TEST_DEFINE"] = "CUPY_PAGED_EVERY_LANE"  # see kernels/barriers.cuh
     found = None
     with subprocess.Popen(
         [*watching, *pytest, *tests],
-        cwd=ROOT,
+        cwd=TESTS.parent,
         env=os.environ | changes,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         for line in process.stdout:
-            print(line, end="", flush=True)
+            print(f"{share}  {line}", end="", flush=True)
             if summary := SUMMARY.search(line):
                 found = (found or 0) + int(summary[1])
-    return found, process.returncode
+    return Result(found, abs(process.returncode))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import sanitize
+import share
 
 
 @pytest.fixture
@@ -63,6 +64,35 @@ def test_a_tool_that_is_blind_is_not_believed(run, planted):
     returned, last = run("========= ERROR SUMMARY: 0 errors", 0, planted)
     assert returned == 1
     assert last == "racecheck has not found the fault that was planted for it"
+
+
+def test_what_shares_have_found_is_added_up(monkeypatch, capsys):
+    shares = []
+
+    def run(tool, tests, share="0/1"):
+        if sanitize.PLANTED in tests[0]:
+            return sanitize.Result(1, 1)
+        shares.append(share)
+        found = {"0/3": 2, "1/3": 0, "2/3": 5}[share]
+        return sanitize.Result(found, int(found > 0))
+
+    monkeypatch.setattr(sanitize, "run", run)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sys, "argv", ["sanitize.py", "memcheck", "--workers", "3"])
+    assert sanitize.main() == 1
+    assert json.loads(capsys.readouterr().out)["sanitizer"] == {"memcheck": 7}
+    assert sorted(shares) == ["0/3", "1/3", "2/3"]
+
+
+def test_shares_are_all_tests_once(monkeypatch):
+    dealt = []
+    for i in range(3):
+        monkeypatch.setenv(share.VARIABLE, f"{i}/3")
+        items = list(range(10))
+        share.pytest_collection_modifyitems(items)
+        dealt += items
+        assert 3 <= len(items) <= 4
+    assert sorted(dealt) == list(range(10))
 
 
 def test_a_tool_that_is_none_is_refused(monkeypatch, capsys):

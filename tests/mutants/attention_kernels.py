@@ -399,8 +399,39 @@ MUTANTS = (
     Mutant(
         "a tile is read before it has come, tensor cores",
         "kernels/workers.cuh",
-        "            shared.full[slot].wait(tile / SLOTS % 2);\n",
-        "",
+        # It is awaited before it is given back: else kernels hang, and no test ever ends.
+        """            shared.full[slot].wait(tile / SLOTS % 2);
+            if constexpr (BULK)
+                if (first + TILE_TOKENS > end) {
+                    tiles.values.clear_from(end - first);
+                    fence_before_bulk();
+                    __syncwarp();
+                }
+
+            // ---- score ----
+            float score[4] = {};
+            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair++) {
+                uint32 keys[KeyTile::OPERANDS][4];
+                tiles.keys.keys(pair, my_row, keys);
+""",
+        """            if constexpr (BULK)
+                if (first + TILE_TOKENS > end) {
+                    tiles.values.clear_from(end - first);
+                    fence_before_bulk();
+                    __syncwarp();
+                }
+
+            // ---- score ----
+            float score[4] = {};
+            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair++) {
+                uint32 keys[KeyTile::OPERANDS][4];
+                tiles.keys.keys(pair, my_row, keys);
+                if (pair + 1 == PAIRS) shared.full[slot].wait(tile / SLOTS % 2);
+""",
         SUITE,
     ),
     Mutant(
