@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from pathlib import Path
 
 from benchmarks import published, shapes, summary
@@ -13,20 +13,23 @@ Points = list[tuple[float, float]]  # MiB, efficiency
 
 
 def lines(measurements: list[Measurement]) -> dict[str, Points]:
-    """The points of each system, from left to right."""
-    found: dict[str, Points] = {}
+    """The points of each system, from left to right: of a peer's kernels the better for a shape."""
+    found: dict[str, dict[tuple[str, str], tuple[float, float]]] = {}
     for m in measurements:
         if m.system == "floor" or m.status != OK or m.efficiency is None or not m.moved_bytes:
             continue
         if m.system == "ours" and m.op != summary.OP:
             continue
-        name = f"ours, {m.layout}" if m.system == "ours" else f"{m.system} {m.op}".strip()
-        found.setdefault(name, []).append((m.moved_bytes / 2**20, m.efficiency))
-    return {name: sorted(points) for name, points in found.items()}
+        name = f"ours, {m.layout}" if m.system == "ours" else m.system
+        points, point = found.setdefault(name, {}), (m.moved_bytes / 2**20, m.efficiency)
+        points[m.shape, m.dtypes] = max(points.get((m.shape, m.dtypes), point), point)
+    return {name: sorted(points.values()) for name, points in found.items()}
 
 
 def published_lines(measurements: list[Measurement], dtypes: str) -> dict[str, Points]:
-    """FlashInfer's published points, for those shapes that were measured."""
+    """FlashInfer's published points, for those shapes that were measured, and not with it."""
+    if any(m.system == "flashinfer" and m.status == OK for m in measurements):
+        return {}
     sizes = {m.shape: m.moved_bytes for m in measurements if m.moved_bytes}
     name = "FlashInfer 0.6.4"
     points = [
@@ -41,8 +44,8 @@ def through(points: Points) -> Points:
     """One point for each size: the geometric mean of those that share it."""
     by_size: dict[float, list[float]] = {}
     for x, y in points:
-        by_size.setdefault(x, []).append(math.log(y))
-    return [(x, math.exp(sum(logs) / len(logs))) for x, logs in by_size.items()]
+        by_size.setdefault(x, []).append(y)
+    return [(x, statistics.geometric_mean(values)) for x, values in by_size.items()]
 
 
 def draw(result: Result, path: Path) -> bool:
@@ -75,7 +78,8 @@ def draw(result: Result, path: Path) -> bool:
         axis.set_title(panel)
         axis.set_ylim(0, 1.05)
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize="small")
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}
+        axis.legend(**below, ncols=3, fontsize="small", frameon=False)
     axes[0][0].set_ylabel("efficiency: time of a streaming read / time")
     figure.suptitle(str(result.environment.get("device")))
     figure.tight_layout()

@@ -9,7 +9,7 @@ changed, the machine did.
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +85,6 @@ def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> Compariso
     )
 
 
-def geometric_mean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
 def report(old: Result, new: Result, found: Comparison, tolerance: float) -> str:
     lines = []
     devices = old.environment.get("device"), new.environment.get("device")
@@ -99,7 +95,9 @@ def report(old: Result, new: Result, found: Comparison, tolerance: float) -> str
     for pair in found.pairs:
         groups.setdefault(f"{pair.new.suite} {pair.new.system}", []).append(pair.ratio)
     lines += ["", "New time over old time, geometric means:"]
-    lines += [f"{geometric_mean(r):.3f}  {name}, {len(r)} times" for name, r in groups.items()]
+    lines += [
+        f"{statistics.geometric_mean(r):.3f}  {name}, {len(r)} times" for name, r in groups.items()
+    ]
     beyond = f"slower by more than {tolerance:.0%}"
     for title, listed in (
         (f"Regressions, {beyond}:", found.regressions),

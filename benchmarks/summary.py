@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ class Against(NamedTuple):
 
     @property
     def geometric_mean(self) -> float:
-        return math.exp(sum(map(math.log, self.ratios.values())) / len(self.ratios))
+        return statistics.geometric_mean(self.ratios.values())
 
 
 def in_order(items: Iterable[str]) -> list[str]:

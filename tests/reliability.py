@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -41,12 +44,12 @@ def _results() -> list[str]:
             """What was counted by tests that passed and by longer runs, and then what has gone
             wrong in systems of this kind, with the tests that stop it here. This page is made by
             `python tests/reliability.py`; [CONTRIBUTING](../CONTRIBUTING.md) says how figures get
-            into it, and their record is [reliability.json](reliability.json)."""
+            into it, and their record is `docs/reliability.json`."""
         ),
         "",
         "## Scoreboard",
         *_paragraph(
-            f"Last run of all tests on a GPU: {receipt.summary(last)}{of_commit}."
+            f"Last run of all tests on a GPU: {_summary(last)}{of_commit}."
             if last
             else "The tests have not been run on a GPU yet."
         ),
@@ -68,6 +71,13 @@ def _results() -> list[str]:
             and converting to fp8 do not use."""
         ),
     ]
+
+
+def _summary(last: Mapping[str, Any]) -> str:
+    """`receipt.summary`, with devices of one kind named once."""
+    devices = Counter(last["devices"])
+    named = [f"{count} x {device}" if count > 1 else device for device, count in devices.items()]
+    return receipt.summary(last).replace(", ".join(last["devices"]), " and ".join(named))
 
 
 def _hazards() -> list[str]:

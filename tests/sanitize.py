@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import share as share_of_tests
-
 from support import device, receipt
 
 TOOLS = "memcheck", "initcheck", "racecheck", "synccheck"

@@ -95,6 +95,16 @@ def test_chart_has_a_line_for_each_system():
     assert [len(points) for points in chart.published_lines(found, "bf16").values()] == [10]
 
 
+def test_chart_has_the_better_kernel_of_a_peer_and_then_no_published_times():
+    found = made_up(as_published).measurements
+    for op, time in (("CUDA cores", 4.0), ("tensor cores", 2.0), ("others", 3.0)):
+        blank = Measurement(suite="anchors", shape="x", system="flashinfer", op=op)
+        blank = dataclasses.replace(blank, moved_bytes=MIB, dtypes="bf16")
+        found.append(blank.timed(timing.summarise([time, time]), floor=1.0))
+    assert chart.lines(found)["flashinfer"] == [(1.0, 0.5)]
+    assert chart.published_lines(found, "bf16") == {}
+
+
 def test_render_needs_no_matplotlib(tmp_path, monkeypatch, capsys):
     def no_matplotlib(*arguments):
         raise ImportError("matplotlib")

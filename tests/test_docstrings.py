@@ -2,15 +2,18 @@
 
 import doctest
 import importlib
-import pkgutil
+from pathlib import Path
 
 import pytest
 
 import cupy_paged
 
-MODULES = [module.name for module in pkgutil.iter_modules(cupy_paged.__path__)]
+ROOT = Path(cupy_paged.__path__[0])
+FILES = [path for path in ROOT.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
+MODULES = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in sorted(FILES)]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "__main__"])
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    assert doctest.testmod(importlib.import_module(f"cupy_paged.{name}")).failed == 0
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
