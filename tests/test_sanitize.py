@@ -1,6 +1,9 @@
 """What is said of compute-sanitizer's findings, with a stand-in for it."""
 
 import json
+import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -85,15 +88,27 @@ def test_what_shares_have_found_is_added_up(monkeypatch, capsys):
     assert sorted(shares) == ["0/3", "1/3", "2/3"]
 
 
-def test_shares_are_all_tests_once(monkeypatch):
-    dealt = []
-    for i in range(3):
-        monkeypatch.setenv(share.VARIABLE, f"{i}/3")
-        items = list(range(10))
-        share.pytest_collection_modifyitems(items)
-        dealt += items
-        assert 3 <= len(items) <= 4
-    assert sorted(dealt) == list(range(10))
+def test_shares_are_all_tests_once(tmp_path):
+    """Also of those that `-k` leaves, which may be every other one."""
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import pytest\n"
+        "names = [f'{kind}{i}' for i in range(10) for kind in ('odd', 'even')]\n"
+        "@pytest.mark.parametrize('name', names)\n"
+        "def test(name):\n"
+        "    print(f'<{name}>')\n"
+    )
+    pytest_of_its_own = [sys.executable, "-m", "pytest", "-p", "share", "-k", "even", "-s", file]
+    ran = []
+    for i in range(4):
+        environment = {share.VARIABLE: f"{i}/4", "PYTHONPATH": str(sanitize.TESTS)}
+        said = subprocess.check_output(
+            pytest_of_its_own, env=os.environ | environment, cwd=tmp_path, text=True
+        )
+        names = re.findall("<(.*?)>", said)
+        assert len(names) in (2, 3)
+        ran += names
+    assert sorted(ran) == [f"even{i}" for i in range(10)]
 
 
 def test_a_tool_that_is_none_is_refused(monkeypatch, capsys):
