@@ -10,6 +10,25 @@ ORACLE = "tests/gpu/test_attention.py::test_matches_oracle"
 LONG = "tests/gpu/test_attention.py::test_needles_in_long_contexts"
 BITWISE = "tests/gpu/test_bitwise.py"
 
+AWAIT_TILE = "            shared.full[slot].wait(tile / SLOTS % 2);\n"
+TO_THE_KEYS = """\
+            if constexpr (BULK)
+                if (first + TILE_TOKENS > end) {
+                    tiles.values.clear_from(end - first);
+                    fence_before_bulk();
+                    __syncwarp();
+                }
+
+            // ---- score ----
+            float score[4] = {};
+            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
+#pragma unroll
+            for (int pair = 0; pair < PAIRS; pair++) {
+                uint32 keys[KeyTile::OPERANDS][4];
+                tiles.keys.keys(pair, my_row, keys);
+"""
+"""What a worker does from there until it has read a tile's keys."""
+
 MUTANTS = (
     Mutant(
         "v_scale in place of k_scale, tensor cores",
@@ -400,38 +419,8 @@ MUTANTS = (
         "a tile is read before it has come, tensor cores",
         "kernels/workers.cuh",
         # It is awaited before it is given back: else kernels hang, and no test ever ends.
-        """            shared.full[slot].wait(tile / SLOTS % 2);
-            if constexpr (BULK)
-                if (first + TILE_TOKENS > end) {
-                    tiles.values.clear_from(end - first);
-                    fence_before_bulk();
-                    __syncwarp();
-                }
-
-            // ---- score ----
-            float score[4] = {};
-            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++) {
-                uint32 keys[KeyTile::OPERANDS][4];
-                tiles.keys.keys(pair, my_row, keys);
-""",
-        """            if constexpr (BULK)
-                if (first + TILE_TOKENS > end) {
-                    tiles.values.clear_from(end - first);
-                    fence_before_bulk();
-                    __syncwarp();
-                }
-
-            // ---- score ----
-            float score[4] = {};
-            const int my_row = ValueTile::token_of_row(lane % TILE_TOKENS);
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; pair++) {
-                uint32 keys[KeyTile::OPERANDS][4];
-                tiles.keys.keys(pair, my_row, keys);
-                if (pair + 1 == PAIRS) shared.full[slot].wait(tile / SLOTS % 2);
-""",
+        AWAIT_TILE + TO_THE_KEYS,
+        TO_THE_KEYS + "                if (pair + 1 == PAIRS) " + AWAIT_TILE.lstrip(),
         SUITE,
     ),
     Mutant(
