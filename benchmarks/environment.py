@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -32,6 +33,16 @@ def _cuda_runtime() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def package_digest() -> str:
+    """One SHA-256 over what is in cupy_paged/, which has the kernels launched."""
+    sha = hashlib.sha256()
+    for path in sorted((ROOT / "cupy_paged").rglob("*.py"), key=Path.as_posix):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode())
+        sha.update(content)
+    return sha.hexdigest()
+
+
 def describe() -> dict[str, Any]:
     changed = _git("status", "--porcelain", "--", "cupy_paged", "kernels")
     devices = driver.devices()
@@ -51,5 +62,6 @@ def describe() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed_since_commit": None if changed is None else bool(changed),
         "kernels_sha256": compiler.sources_digest(),
+        "package_sha256": package_digest(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -15,9 +15,6 @@ from support.tally import Figures, HostFigures, Tally
 # JAX would take most of the device's memory for itself, and several test processes share it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# What has kernels compiled that users do not get.
-OTHER_KERNELS = "CUPY_PAGED_EMULATE_SM", "CUPY_PAGED_TEST_DEFINE"
-
 SEED = int(os.environ.get("CUPY_PAGED_TEST_SEED", "0"))
 
 try:
@@ -168,7 +165,7 @@ class ReceiptWriter:
             return "there are no GPU tests"
         if self.is_filtered:
             return "the run was filtered"
-        if changes := [name for name in OTHER_KERNELS if os.environ.get(name)]:
+        if changes := receipt.has_other_kernels():
             return f"{' and '.join(changes)} had other kernels compiled"
         if receipt.digest() != self.sha256:
             return "the sources changed during the run"

@@ -4,7 +4,7 @@
 as well, and hazards that have bitten systems of this kind, with the tests that stop them. The last
 line of each LOG is put on record first: what `python -m tests.fuzz`, `python -m tests.mutants`,
 `python tests/soak.py` or `python tests/sanitize.py` has printed, or the file that a run of pytest
-has written to CUPY_PAGED_FIGURES.
+has written to CUPY_PAGED_FIGURES. Exits with 1 where a target is not met.
 """
 
 from __future__ import annotations
@@ -49,26 +49,33 @@ def _results() -> list[str]:
         "",
         "## Scoreboard",
         *_paragraph(
-            f"Last run of all tests on a GPU: {_summary(last)}{of_commit}."
+            f"""Last run of all tests that need a GPU, those in `tests/gpu`:
+            {_summary(last)}{of_commit}."""
             if last
-            else "The tests have not been run on a GPU yet."
+            else "The tests that need a GPU have not been run on one yet."
         ),
         *_paragraph(
-            """A commit that a figure "was measured at" had other sources than that run. What a
-            command has counted, it counts again. What tests have counted, `pytest` does: those in
-            `gpu/`, and suites in `support/` where they run on a GPU, for the
-            [receipt](../tests/gpu_receipt.json)."""
+            f"""Figures are of one set of sources (kernels, package, and what tests on a GPU use;
+            SHA-256 {receipt.digest()[:10]}), whichever commit they name, unless they were "measured
+            at" it: then it had others. A figure that does not come to its target is marked as NOT
+            MET, and tests fail. What a command has counted, it counts again. What tests have
+            counted is in the [receipt](../tests/gpu_receipt.json), where the device is a GPU; what
+            those that need none have counted on a CPU, `CUPY_PAGED_FIGURES=FILE pytest` writes to a
+            file, in an environment that has torch and JAX. A specialisation is what a kernel is
+            compiled for: dtypes, layout, head size, block size, query heads per KV head,
+            features."""
         ),
         "",
         *scoreboard.table(),
         *_paragraph(
             """Each run of compute-sanitizer has to find a fault that was planted for the tool,
-            before it is believed to find nothing. Racecheck runs kernels in which every lane of a
-            warp waits and signals for itself: it does not see that `__syncwarp` comes between what
-            a lane does and what another one signals for all, and reports a race where there is
-            none. So it does not show that the `__syncwarp` before such a signal is there; nothing
-            here does. It looks at shared memory alone, which merging, writing, copying, swapping
-            and converting to fp8 do not use."""
+            before it is believed to find nothing. Racecheck watches a build of its own, which
+            differs from the one that users get in this: every lane of a warp waits and signals for
+            itself (CUPY_PAGED_EVERY_LANE in kernels/barriers.cuh). Where one lane signals for all,
+            as it does for users, the tool does not see the `__syncwarp` that comes before, and
+            takes what the others did for a race. So it does not show that this `__syncwarp` is
+            there; nothing here does. It looks at shared memory alone, which merging, writing,
+            copying, swapping and converting to fp8 do not use."""
         ),
     ]
 
@@ -113,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     scoreboard.record(parser.parse_args(argv).logs)
     PAGE.write_text(page(), encoding="utf-8")
     print("\n".join(scoreboard.table()))
-    return 0
+    return int(bool(scoreboard.unmet()))
 
 
 if __name__ == "__main__":

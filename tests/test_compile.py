@@ -20,6 +20,7 @@ from cupy_paged.cache_ops import convert_kernel, write_kernel
 from cupy_paged.compiler import Kernel, flatten, options
 from cupy_paged.dtypes import FLOATS, itemsize
 from cupy_paged.launch import ParamStruct
+from cupy_paged.layouts import MAX_HEAD_SIZE
 from cupy_paged.merge import merge_kernel
 from support import nvrtc
 
@@ -32,8 +33,8 @@ REGISTERS_OF_AN_SM = 64 * 1024
 
 DTYPES = [(query, cache) for query in FLOATS for cache in (query, "float8_e4m3fn", "float8_e5m2")]
 LAYOUTS = ("vllm", "HND", "NHD")
-HEAD_SIZES = (8, 16, 32, 48, 64, 80, 96, 112, 120, 128, 160, 192, 256, 320, 512)
-BLOCK_SIZES = (1, 7, 8, 16, 32, 64, 128, 256)
+HEAD_SIZES = range(8, MAX_HEAD_SIZE + 1, 8)
+BLOCK_SIZES = (1, 7, 8, 16, 32, 33, 64, 100, 128, 250, 256)
 GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64)
 SCRATCH = (None, "float32", "query")
 

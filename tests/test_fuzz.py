@@ -1,6 +1,7 @@
 """Random cases of every operator on host arrays, and the fuzzer's own work."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,15 +9,37 @@ import pytest
 
 from cupy_paged import reference
 from fuzz import attention, runner, space
-from support import oracle
+from support import frameworks, oracle
 
 SEEDS, CASES = 10, 200
 
 
+def failures_of(seed, cases):
+    found = runner.run_cases([(seed, case) for case in cases], "host")
+    return [failure for _, failure in found if failure is not None]
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_cases(seed):
-    failures = [f for f in runner.run_cases(seed, range(CASES), "host") if f is not None]
+    failures = failures_of(seed, range(CASES))
     assert not failures, "\n".join(map(str, failures))
+
+
+def test_a_few_seeds_meet_all_sizes():
+    drawn = [runner.drawn(seed, CASES, "host") for seed in range(SEEDS)]
+    assert set().union(*(one["head_sizes"] for one in drawn)) == set(range(8, 513, 8))
+    assert set().union(*(one["block_sizes"] for one in drawn)) == set(range(1, 257))
+    assert sum(sum(one["frameworks"].values()) for one in drawn) == SEEDS * CASES
+
+
+def test_a_case_is_the_same_where_a_framework_is_missing(monkeypatch):
+    words = [runner.run_case(3, case, "host") for case in range(12)]
+    only = frameworks.host()[:1]
+    monkeypatch.setattr(runner, "adapters", lambda on: only)
+    for case, was in enumerate(words):
+        now = runner.run_case(3, case, "host")
+        assert re.sub(" of [a-z]+,", "", now) == re.sub(" of [a-z]+,", "", was)
+        assert f" of {only[0].name}," in now
 
 
 def test_specialisations_meet_every_value_of_every_axis():
@@ -50,7 +73,7 @@ def test_a_wrong_token_is_found_and_can_be_run_again(monkeypatch, capsys):
         return tokens
 
     monkeypatch.setattr(reference, "_gather", without_the_second_token)
-    found = [f for f in runner.run_cases(0, attention_cases(30), "host") if f is not None]
+    found = failures_of(0, attention_cases(30))
     assert len(found) >= 10
     seed, case = found[0].seed, found[0].case
     assert str(found[0]).startswith(f"FAILED  python -m tests.fuzz --seed {seed} --case {case}  #")
@@ -58,7 +81,7 @@ def test_a_wrong_token_is_found_and_can_be_run_again(monkeypatch, capsys):
         runner.main(["--seed", str(seed), "--case", str(case), "--device", "host"])
     assert runner.main(["--cases", str(case + 1), "--device", "host"]) == 1
     log = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert case in [failure["case"] for failure in log["failures"]]
+    assert case in [failure["case"] for failure in log["seeds"]["0"]["failures"]]
 
 
 def test_needles_decide_their_rows():
@@ -77,11 +100,16 @@ def test_needles_decide_their_rows():
     assert np.mean(np.array(shares) > 0.5) > 0.95
 
 
-def test_workers_share_all_cases(capsys):
-    assert runner.main(["--cases", "40", "--device", "host", "--workers", "2"]) == 0
+@pytest.mark.parametrize(("seeds", "cases"), [(1, 40), (2, 20)])
+def test_workers_share_all_cases(seeds, cases, capsys):
+    several = "--seed", "4", "--seeds", str(seeds), "--cases", str(cases), "--workers", "2"
+    assert runner.main([*several, "--device", "host"]) == 0
     log = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (log["cases"], log["not_run"], log["failures"]) == (40, 0, [])
-    assert (log["seed"], log["device"]) == (0, "CPU")
+    assert (log["not_run"], log["device"]) == (0, "CPU")
+    assert list(log["seeds"]) == [str(4 + i) for i in range(seeds)]
+    for found in log["seeds"].values():
+        assert (found["cases"], found["failures"], found["specialisations"]) == (cases, [], cases)
+        assert sum(found["frameworks"].values()) == cases
 
 
 def test_cases_behind_a_lost_device_are_not_judged(monkeypatch):
@@ -95,7 +123,7 @@ def test_cases_behind_a_lost_device_are_not_judged(monkeypatch):
             raise runner.CaseError(f"case {case}", causes[case])
 
     monkeypatch.setattr(runner, "run_case", run_case)
-    found = list(runner.run_cases(0, range(10), "host"))
+    found = [failure for _, failure in runner.run_cases([(0, n) for n in range(10)], "host")]
     assert [failure and failure.case for failure in found] == [None, None, 2, None, 4]
     assert "illegal memory access" in found[-1].error
 

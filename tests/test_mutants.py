@@ -24,6 +24,7 @@ HARMLESS = Mutant(
     QUICK,
 )
 NO_PROGRAM = HARMLESS._replace(fault="it does not parse", new="\n    )")
+NO_MODULE = FAULT._replace(fault="it cannot be imported", old="import numpy as np\n", new="")
 STALE = HARMLESS._replace(fault="nothing is there", old="a text of no source")
 
 
@@ -58,6 +59,7 @@ def test_there_are_enough_of_every_kind():
         (FAULT, "killed"),
         (HARMLESS, "SURVIVED"),
         (NO_PROGRAM, "INVALID"),
+        (NO_MODULE, "INVALID"),
         (STALE, "INVALID"),
     ],
     ids=lambda value: getattr(value, "fault", None),
@@ -92,6 +94,8 @@ def test_an_interrupted_run_says_what_was_judged(monkeypatch, capsys):
         runner.main(["--workers", "2"])
     log = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert log["mutants"] == {FAULT.fault: "killed"}
+    assert log["texts"] == {FAULT.fault: FAULT.digest()}
+    assert len({mutant.digest() for mutant in (*MUTANTS, HARMLESS)}) == len(MUTANTS) + 1
 
 
 def test_a_word_that_no_fault_has_is_refused(capsys):

@@ -280,6 +280,8 @@ def test_what_tests_on_the_host_count_goes_where_it_is_asked_for(tree, workers, 
         "figures": TALLIED,
         "failed": 2,
         "device": "CPU",
+        "other_kernels": [],
+        "versions": {"numpy": "2.0"},
         "sources": receipt.digest(tree.root),
         "tests": receipt.digest(tree.root, ["tests"]),
     }

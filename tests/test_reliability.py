@@ -29,6 +29,10 @@ def test_a_figure_says_what_counts_it(row):
         check_that_it_is_there(test)
 
 
+def test_every_target_is_met():
+    assert scoreboard.unmet() == []
+
+
 def test_no_two_hazards_are_alike():
     assert len({hazard.name for hazard in HAZARDS}) == len(HAZARDS)
     assert all(len(set(hazard.tests)) == len(hazard.tests) for hazard in HAZARDS)

@@ -45,20 +45,33 @@ exit {status}
     ("said", "status", "found"),
     [
         ("ERROR SUMMARY: 0 errors", 0, 0),
+        ("ERROR SUMMARY: 0 errors\n5 passed, 30 deselected in 9.53s", 0, 0),
         ("ERROR SUMMARY: 1 error", 1, 1),
         ("RACECHECK SUMMARY: 64 hazards displayed (64 errors, 0 warnings)", 1, 64),
         ("ERROR SUMMARY: 2 errors\nERROR SUMMARY: 3 errors", 1, 5),
     ],
 )
 def test_findings_are_counted(run, said, status, found):
-    returned, last = run(f"========= {said}", status)
+    returned, last = run(f"7 passed, 2 deselected in 61.20s (0:01:01)\n========= {said}", status)
     assert returned == status
-    assert json.loads(last)["sanitizer"] == {"racecheck": found}
+    tests = 12 if "5 passed" in said else 7
+    assert json.loads(last)["sanitizer"] == {"racecheck": {"findings": found, "tests": tests}}
 
 
-@pytest.mark.parametrize("said", ["", "========= ERROR SUMMARY: 0 errors"])
-def test_tests_that_failed_are_no_clean_bill(run, said):
-    returned, last = run(said, 1)
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ("", 1),
+        ("7 passed in 2.00s", 0),
+        ("SUMMARY: 0 errors", 1),
+        ("SUMMARY: 0 errors", 0),
+        ("SUMMARY: 0 errors\n7 skipped in 0.10s", 0),
+        ("SUMMARY: 0 errors\n7 passed, 1 skipped, 2 deselected in 2.00s", 0),
+        ("SUMMARY: 0 errors\n1 failed, 7 passed in 2.00s", 1),
+    ],
+)
+def test_tests_that_did_not_run_or_failed_are_no_clean_bill(run, said, status):
+    returned, last = run(said, status)
     assert returned == 1
     assert "says nothing about all tests" in last
 
@@ -78,13 +91,15 @@ def test_what_shares_have_found_is_added_up(monkeypatch, capsys):
             return sanitize.Result(1, 1)
         shares.append(share)
         found = {"0/3": 2, "1/3": 0, "2/3": 5}[share]
-        return sanitize.Result(found, int(found > 0))
+        return sanitize.Result(found, int(found > 0), passed=4)
 
     monkeypatch.setattr(sanitize, "run", run)
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "memcheck", "--workers", "3"])
     assert sanitize.main() == 1
-    assert json.loads(capsys.readouterr().out)["sanitizer"] == {"memcheck": 7}
+    assert json.loads(capsys.readouterr().out)["sanitizer"] == {
+        "memcheck": {"findings": 7, "tests": 12}
+    }
     assert sorted(shares) == ["0/3", "1/3", "2/3"]
 
 

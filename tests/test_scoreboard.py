@@ -9,24 +9,47 @@ import pytest
 import reliability
 import sanitize
 import scoreboard
+from benchmarks.environment import package_digest
+from cupy_paged import compiler
 from mutants.catalogue import MUTANTS
 from support import receipt
 
 SOURCES, OTHERS = "5" * 64, "0" * 64
-FUZZ = {
-    "fuzz": "gpu", "seed": 0, "cases": 100, "not_run": 0, "failures": [], "device": "H",
-    "specialisations": 9,
-}  # fmt: skip
-EACH = "of 9 specialisations each"
 SOAK = {
-    "soak": {"steps": 5000, "tokens": 70000, "compared": 51, "grown_bytes": 1 << 20},
+    "soak": {
+        "steps": 5000, "tokens": 70000, "compared": 51, "grown_bytes": 1 << 20,
+        "grown_pool_bytes": 0,
+    },
     "failures": [],
-}
+}  # fmt: skip
+CLEAN = {"findings": 0, "tests": 12}
+
+
+def fuzz(*seeds, where="gpu", **changes):
+    seed = {
+        "cases": 100, "failures": [], "specialisations": 9, "head_sizes": [8, 16],
+        "block_sizes": [1, 3, 16], "frameworks": {"cupy": 60, "jax": 40},
+    }  # fmt: skip
+    return {"fuzz": where, "seeds": {str(n): seed | changes for n in seeds}, "not_run": 0}
+
+
+def judged(*faults, verdict="killed"):
+    return {
+        "mutants": dict.fromkeys(faults, verdict),
+        "texts": {fault: scoreboard.TEXTS[fault] for fault in faults},
+    }
+
+
+def drawn(cases, seeds, specialisations, cupy, jax, failures):
+    return (
+        f"NOT MET: {cases} from {seeds}, of {specialisations} specialisations; attention with 2 of "
+        f"64 head sizes and 3 of 256 block sizes; cupy {cupy}, jax {jax}; {failures}"
+    )
 
 
 def of_receipt(**changes):
     given = {
-        "sha256": SOURCES, "kernels_sha256": "kernels", "date": "2026-01-02T03:04:05+00:00",
+        "sha256": SOURCES, "date": "2026-01-02T03:04:05+00:00",
         "devices": ["H, sm_90"], "failed": 0, "figures": {"sum": {"needles": 1234}},
     }  # fmt: skip
     return {**given, **changes}
@@ -40,7 +63,8 @@ class Desk:
         self.commits = {SOURCES: "c0ffee"}
         monkeypatch.setattr(scoreboard, "RECORDS", folder / "records.json")
         monkeypatch.setattr(scoreboard, "ACCURACY", folder / "accuracy.json")
-        monkeypatch.setattr(scoreboard, "commit_of", lambda sources: self.commits.get(sources))
+        monkeypatch.setattr(scoreboard, "commit_of", self.commits.get)
+        monkeypatch.setattr(receipt, "digest", lambda *_, **__: SOURCES)
         monkeypatch.setattr(receipt, "read", lambda: self.receipt)
 
     def record(self, *runs):
@@ -62,7 +86,10 @@ def desk(tmp_path, monkeypatch):
 
 
 def run_of(kind, sources=SOURCES, device="H", **changes):
-    stamp = {"date": "2026-01-03", "sources": sources, "tests": SOURCES, "device": device}
+    stamp = {
+        "date": "2026-01-03", "sources": sources, "tests": SOURCES, "device": device,
+        "versions": {}, "other_kernels": [],
+    }  # fmt: skip
     return {**kind, **stamp, **changes}
 
 
@@ -82,15 +109,15 @@ def test_a_figure_of_the_receipt_has_its_day_device_and_commit(desk):
 def test_a_receipt_that_was_not_put_on_record_names_its_sources(desk):
     desk.record()
     desk.receipt = of_receipt(sha256=OTHERS)
-    assert desk.score("Needles").commit == f"sources {OTHERS[:10]}"
+    assert desk.score("Needles").commit == f"measured at sources {OTHERS[:10]}"
     desk.commits[OTHERS] = "decaf"
     desk.record()
-    assert desk.score("Needles").commit == "decaf"
+    assert desk.score("Needles").commit == "measured at decaf"
 
 
 def test_failed_tests_are_not_passed_over(desk):
     desk.receipt["failed"] = 2
-    assert desk.score("Needles").found == "1,234; BUT 2 TESTS FAILED"
+    assert desk.score("Needles").found == "NOT MET: 1,234; BUT 2 TESTS FAILED"
 
 
 def test_what_was_not_measured_is_listed(desk):
@@ -107,58 +134,94 @@ def test_a_run_of_other_sources_says_so(desk):
     desk.record(run_of(SOAK, OTHERS))
     score = desk.score("Decode steps")
     assert score.commit == "measured at decaf"
-    assert score.found.startswith("5,000 steps of 70,000 tokens, 51 rows compared, 1.0 MiB grown")
+    assert score.found == (
+        "NOT MET: 5,000 steps of 70,000 tokens, 51 rows compared, at most 1.0 MiB grown in a "
+        "process and 0.0 in its pool, 0 failures"
+    )
     desk.record(run_of(SOAK))
     assert desk.score("Decode steps").commit == "c0ffee"
 
 
+def test_a_figure_is_stale_by_the_tree_and_not_by_the_receipt(desk, monkeypatch):
+    desk.record(run_of(SOAK))
+    monkeypatch.setattr(receipt, "digest", lambda *_, **__: OTHERS)
+    for words in "Needles", "Decode steps":
+        assert desk.score(words).commit == "measured at c0ffee"
+
+
 def test_seeds_of_the_same_sources_add_up(desk):
-    failure = {"case": 7}
-    desk.record(run_of(FUZZ, not_run=1), run_of(FUZZ, seed=2, failures=[failure]))
-    assert desk.score("together, on a GPU").found == f"199 from seeds 0, 2, {EACH}; 1 failure"
-    desk.record(run_of(FUZZ, seed=2, cases=40))
-    assert desk.score("together, on a GPU").found == f"199 from seeds 0, 2, {EACH}; 1 failure"
-    desk.record(run_of(FUZZ, fuzz="host", device="CPU"))
-    assert desk.score("together, on a GPU").found.startswith("199")
-    assert desk.score("together, of the ref").found == f"100 from seed 0, {EACH}; 0 failures"
+    desk.record(run_of(fuzz(0, cases=99)), run_of(fuzz(2, failures=[{"case": 7}])))
+    expected = drawn(199, "seeds 0, 2", 18, 120, 80, "1 failure")
+    assert desk.score("together, on a GPU").found == expected
+    desk.record(run_of(fuzz(2, cases=40)))
+    assert desk.score("together, on a GPU").found == expected
+    desk.record(run_of(fuzz(1)))
+    expected = drawn(299, "seeds 0 to 2", 27, 180, 120, "1 failure")
+    assert desk.score("together, on a GPU").found == expected
+    desk.record(run_of(fuzz(0, where="host"), device="CPU"))
+    assert desk.score("together, on a GPU").found == expected
+    expected = drawn(100, "seed 0", 9, 60, 40, "0 failures")
+    assert desk.score("together, of the ref").found == expected
 
 
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
 def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
-    one, two = ({fault: "killed"} for fault in sorted(scoreboard.FAULTS["gpu"])[:2])
-    desk.record(run_of(FUZZ), run_of({"mutants": one}), run_of({"sanitizer": {"memcheck": 0}}))
+    one, two = (judged(fault) for fault in sorted(scoreboard.FAULTS["gpu"])[:2])
+    tools = ({"sanitizer": {tool: CLEAN}} for tool in ("memcheck", "racecheck"))
+    desk.record(run_of(fuzz(0)), run_of(one), run_of(next(tools)))
     desk.record(
-        run_of(FUZZ, seed=1, **changes),
-        run_of({"mutants": two}, **changes),
-        run_of({"sanitizer": {"racecheck": 0}}, **changes),
+        run_of(fuzz(1), **changes),
+        run_of(two, **changes),
+        run_of(next(tools), **changes),
     )
-    assert desk.score("together, on a GPU").found == f"100 from seed 1, {EACH}; 0 failures"
-    assert desk.score("on a GPU notice").found.startswith(f"1 of {len(scoreboard.FAULTS['gpu'])}, ")
-    only_the_second = "memcheck: not run, initcheck: not run, racecheck: 0, synccheck: not run"
-    assert desk.score("-sanitizer").found == only_the_second
+    expected = drawn(100, "seed 1", 9, 60, 40, "0 failures")
+    assert desk.score("together, on a GPU").found == expected
+    number = len(scoreboard.FAULTS["gpu"])
+    assert desk.score("on a GPU notice").found.startswith(f"NOT MET: 1 of {number}, ")
+    assert desk.score("-sanitizer").found == (
+        "NOT MET: memcheck: not run, initcheck: not run, racecheck: 0 in 12 tests, "
+        "synccheck: not run"
+    )
 
 
 def test_mutants_and_tools_may_be_run_in_parts(desk):
-    faults = sorted(scoreboard.FAULTS["host"])
-    killed, last = dict.fromkeys(faults, "killed"), faults[-1]
-    first, rest = (dict(list(killed.items())[part]) for part in (slice(9), slice(9, None)))
-    desk.record(run_of({"mutants": first | {"of an older catalogue": "killed"}}))
+    first, second, *rest, last = faults = sorted(scoreboard.FAULTS["host"])
+    run = judged(first, second)
+    run["mutants"]["of an older catalogue"] = run["texts"]["of an older catalogue"] = "killed"
+    run["texts"][second] = "of an older catalogue"
+    desk.record(run_of(run))
     found = desk.score("on the host notice").found
-    assert found == f"9 of {len(faults)}, {len(faults) - 9} not run"
-    desk.record(run_of({"mutants": rest | {last: "SURVIVED"}}))
+    assert found == f"NOT MET: 1 of {len(faults)}, {len(faults) - 1} not run"
+    desk.record(run_of(judged(*rest)))
     found = desk.score("on the host notice").found
-    assert found == f"{len(faults) - 1} of {len(faults)}, SURVIVED: {last}"
-    desk.record(*(run_of({"sanitizer": {tool: 0}}) for tool in sanitize.TOOLS))
-    assert desk.score("-sanitizer").found == ", ".join(f"{tool}: 0" for tool in sanitize.TOOLS)
+    assert found == f"NOT MET: {len(faults) - 2} of {len(faults)}, 2 not run"
+    desk.record(run_of(judged(second)), run_of(judged(last, verdict="SURVIVED")))
+    found = desk.score("on the host notice").found
+    assert found == f"NOT MET: {len(faults) - 1} of {len(faults)}, SURVIVED: {last}"
+    desk.record(*(run_of({"sanitizer": {tool: CLEAN}}) for tool in sanitize.TOOLS))
+    found = desk.score("-sanitizer").found
+    assert found == ", ".join(f"{tool}: 0 in 12 tests" for tool in sanitize.TOOLS)
 
 
 def test_mutants_of_kernels_and_of_the_host_may_be_run_on_two_machines(desk):
-    host, gpu = (dict.fromkeys(scoreboard.FAULTS[where], "killed") for where in ("host", "gpu"))
-    assert set(host) | set(gpu) == {mutant.fault for mutant in MUTANTS}
-    desk.record(run_of({"mutants": host}, device="CPU"), run_of({"mutants": gpu}, device="H"))
-    for words, device, faults in ("on the host notice", "CPU", host), ("on a GPU notice", "H", gpu):
-        assert desk.score(words).found == f"{len(faults)} of {len(faults)}"
+    host, gpu = (judged(*scoreboard.FAULTS[where]) for where in ("host", "gpu"))
+    assert {*host["mutants"], *gpu["mutants"]} == {mutant.fault for mutant in MUTANTS}
+    desk.record(run_of(host, device="CPU"), run_of(gpu, device="H"))
+    for words, device, run in ("on the host notice", "CPU", host), ("on a GPU notice", "H", gpu):
+        number = len(run["mutants"])
+        assert desk.score(words).found == f"{number} of {number}"
         assert desk.score(words).device == device
+
+
+def test_a_run_of_other_tools_has_no_commit(desk, monkeypatch):
+    of_the_soak = receipt.BESIDE["soak"]
+    digests = {receipt.VOUCHED_FOR: SOURCES, of_the_soak: OTHERS}
+    monkeypatch.setattr(receipt, "digest", lambda names=receipt.VOUCHED_FOR: digests[names])
+    desk.record(run_of(SOAK))
+    assert desk.score("Decode steps").commit == f"sources {SOURCES[:10]}"
+    digests[of_the_soak] = SOURCES
+    desk.record(run_of(SOAK))
+    assert desk.score("Decode steps").commit == "c0ffee"
 
 
 def test_figures_of_the_host_stay_until_they_are_counted_again(desk):
@@ -166,23 +229,26 @@ def test_figures_of_the_host_stay_until_they_are_counted_again(desk):
     desk.record(figures(pool_operations=11))
     assert desk.score("Wrong calls")[2:4] == ("700", desk.score("block pool").date)
     assert desk.score("Wrong calls").commit == f"measured at sources {OTHERS[:10]}"
-    assert desk.score("block pool").found == "11"
+    assert desk.score("block pool").found == "NOT MET: 11"
     assert desk.score("block pool").commit == "c0ffee"
     desk.record(figures(wrong_calls=701))
     assert len(scoreboard.records()["host"]) == 2
     assert desk.score("Needles").device == "H", "the receipt comes first"
 
 
-def test_accuracy_is_of_the_kernels_of_the_receipt_or_says_so(desk):
+@pytest.mark.parametrize("other", ["kernels_sha256", "package_sha256"])
+def test_accuracy_is_of_these_kernels_and_this_package_or_says_so(desk, other):
     environment = {
         "date": "2026-01-03T00:00:00+00:00", "device": "H", "commit": "c0ffee" * 6,
-        "changed_since_commit": False, "kernels_sha256": "kernels",
+        "changed_since_commit": False, "kernels_sha256": compiler.sources_digest(),
+        "package_sha256": package_digest(),
     }  # fmt: skip
     rows = [{"kind": "fp8", "error": error, "reference_error": 2.0} for error in (1.0, 3.0)]
     document = {"environment": environment, "rows": rows}
     scoreboard.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against")[2:6] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
-    desk.receipt["kernels_sha256"] = "others"
+    environment[other] = "others"
+    scoreboard.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against").commit == "measured at c0ffeec0ff"
 
 
@@ -191,7 +257,7 @@ def test_different_things_are_counted(desk):
     each = {**names, "head sizes": ["8", "16"]}
     desk.receipt["figures"] = {"sum": {"specialisations": 1200}, "each": each}
     found = desk.score("Dtypes x cache dtypes").found
-    assert found.startswith("3 of 27; 2 of 64 head sizes, 3 of 256 block sizes, 3 group sizes")
+    assert found.startswith("NOT MET: 3 of 27, with 2 head sizes, 3 block sizes and 3 group sizes")
 
 
 def test_every_name_that_a_test_counts_by_is_read_by_a_row():
@@ -203,6 +269,7 @@ def test_every_name_that_a_test_counts_by_is_read_by_a_row():
     for row in scoreboard.ROWS:
         if row.kind == "tests":
             row.found(reader)
+            row.is_met(reader)
     counted = set()
     for path in (receipt.ROOT / "tests").rglob("*.py"):
         if path.name != "test_receipt.py":  # its names are of tests in other trees
@@ -220,6 +287,7 @@ def test_every_name_that_a_test_counts_by_is_read_by_a_row():
         ("3\n", "does not end with a figure"),
         ('{"speed": 1}\n', "does not end with a figure"),
         ('{"soak": {}, "failures": [], "device": "H"}\n', "does not say which sources"),
+        (json.dumps(run_of(SOAK, other_kernels=["X", "Y"])), "X and Y had other kernels compiled"),
     ],
 )
 def test_a_log_without_a_figure_is_refused(desk, text, words):
@@ -263,6 +331,61 @@ def test_the_command_prints_the_table_and_writes_the_page(desk, monkeypatch, cap
     monkeypatch.setattr(reliability, "PAGE", desk.folder / "page.md")
     desk.receipt |= {"passed": 1, "skipped": 0}
     (desk.folder / "log").write_text(json.dumps(run_of(SOAK)))
-    assert reliability.main([str(desk.folder / "log")]) == 0
+    assert reliability.main([str(desk.folder / "log")]) == 1, "targets are not met"
     assert "5,000 steps" in capsys.readouterr().out
     assert "5,000 steps" in reliability.PAGE.read_text()
+
+
+@pytest.mark.parametrize(
+    "missed",
+    [
+        {"failures": [{"case": 1}]},
+        {"cases": 9_999},
+        {"head_sizes": [8, 16]},
+        {"block_sizes": [16]},
+        {"frameworks": {"cupy": 10_000}},
+    ],
+    ids=lambda missed: next(iter(missed)),
+)
+def test_random_calls_are_enough_only_if_they_are_of_everything(desk, missed):
+    whole = {
+        "cases": 10_000, "head_sizes": list(range(8, 513, 8)), "block_sizes": list(range(1, 257)),
+        "frameworks": {"cupy": 9_998, "jax": 1, "torch": 1},
+    }  # fmt: skip
+    desk.record(run_of(fuzz(0, **whole)))
+    assert desk.score("together, on a GPU").is_met
+    desk.record(run_of(fuzz(0, **whole | missed), tests=OTHERS))
+    assert not desk.score("together, on a GPU").is_met
+
+
+@pytest.mark.parametrize(
+    ("row", "good", "bad"),
+    [
+        ("Decode", {"soak": {"steps": 10**6}, "failures": []}, SOAK),
+        (
+            "Decode",
+            {"soak": {"steps": 10**6}, "failures": []},
+            {"soak": {"steps": 10**6}, "failures": ["it grew"]},
+        ),
+        (
+            "-sanitizer",
+            {"sanitizer": dict.fromkeys(sanitize.TOOLS, CLEAN)},
+            {"sanitizer": {"racecheck": {"findings": 1, "tests": 12}}},
+        ),
+        (
+            "-sanitizer",
+            {"sanitizer": dict.fromkeys(sanitize.TOOLS, CLEAN)},
+            {"sanitizer": {"memcheck": {"findings": 0, "tests": 0}}},
+        ),
+        ("block pool", figures(pool_operations=10**7), figures(pool_operations=10**7, failed=1)),
+        ("block pool", figures(pool_operations=10**7), figures(pool_operations=10**7 - 1)),
+    ],
+)
+def test_a_target_is_met_or_not(desk, row, good, bad):
+    desk.record(run_of(good) if "figures" not in good else good)
+    (met,) = [score for score in scoreboard.scores() if row in score.what]
+    assert met.is_met and "NOT MET" not in met.found
+    desk.record(run_of(bad) if "figures" not in bad else bad)
+    (missed,) = [score for score in scoreboard.scores() if row in score.what]
+    assert not missed.is_met and missed.found.startswith("NOT MET: ")
+    assert missed.what in scoreboard.unmet()

@@ -1,5 +1,8 @@
 """A short soak on the CPU, and that it notices what it looks for."""
 
+import concurrent.futures
+import json
+
 import numpy as np
 import pytest
 
@@ -14,6 +17,21 @@ def test_a_short_soak(capsys):
 def test_every_event_comes_up():
     counts = soak.soak(seed=1, steps=400, on_gpu=False)
     assert all(counts[name] for name in ("added", "forked", "cut", "moved", "ended", "compared"))
+
+
+def test_memory_of_one_worker_does_not_make_up_for_that_of_another(monkeypatch, capsys):
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, context):
+            super().__init__(workers)
+
+    def worker(seed, *_):
+        return {"steps": 5, "grown_bytes": 100 * (1 - seed), "grown_pool_bytes": 7 * seed}
+
+    monkeypatch.setattr(soak.concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(soak, "soak", worker)
+    assert soak.main(["--steps", "20", "--workers", "4", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["soak"]
+    assert found == {"steps": 20, "grown_bytes": 100, "grown_pool_bytes": 21}
 
 
 @pytest.mark.parametrize("fault", ["a key in the wrong slot", "a step that is lost"])

@@ -10,6 +10,6 @@ STEP = 19
 
 @pytest.mark.parametrize("first", range(3, space.NUM_SPECIALISATIONS, STEP))
 def test_random_cases(first):
-    cases = [first + space.NUM_SPECIALISATIONS * i for i in range(CASES)]
-    failures = [f for f in runner.run_cases(0, cases, "gpu") if f is not None]
+    cases = [(0, first + space.NUM_SPECIALISATIONS * i) for i in range(CASES)]
+    failures = [failure for _, failure in runner.run_cases(cases, "gpu") if failure is not None]
     assert not failures, "\n".join(map(str, failures))

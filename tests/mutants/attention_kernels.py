@@ -311,6 +311,13 @@ MUTANTS = (
         OLDER_CHIPS,
     ),
     Mutant(
+        "a partition that nothing was written to is joined, CUDA cores",
+        "kernels/combine_partitions.cu",
+        "partition_size_of(seq_len, p.partition_size)) : 0;",
+        "partition_size_of(seq_len, p.partition_size)) + (seq_len > 1) : 0;",
+        OLDER_CHIPS,
+    ),
+    Mutant(
         "a partition begins one token late",
         "kernels/pieces.cuh",
         "end_piece(piece.node * tokens);",

@@ -1,5 +1,7 @@
 """What a mutant is."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +29,10 @@ class Mutant(NamedTuple):
     @property
     def needs_gpu(self) -> bool:
         return self.tests.startswith(GPU_TESTS)
+
+    def digest(self) -> str:
+        """Tells it from a mutant that had the same words for another fault."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
 
     def text(self) -> str:
         """The changed source; raises ValueError where `old` is not there exactly once."""

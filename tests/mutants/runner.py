@@ -62,7 +62,12 @@ def run_tests(tests: str, mutant: Mutant | None = None) -> Result:
         return Result(Verdict.UNKNOWN, "was terminated")
     if done.returncode == 0:
         return Result(Verdict.SURVIVED, done.stdout.strip()[-300:])
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    # A line without "::" is of a file that could not even be collected.
+    failed = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED", "ERROR")) and "::" in line
+    ]
     is_invalid = not failed or any(word in done.stdout for word in NO_PROGRAM)
     why = failed[0] if failed else (done.stdout + done.stderr).strip()[-300:]
     return Result(Verdict.INVALID if is_invalid else Verdict.KILLED, why)
@@ -108,10 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = [mutant for mutant in chosen if not mutant.needs_gpu]
         print(f"{left_out} mutants need a GPU, left out: {reason}")
     with concurrent.futures.ThreadPoolExecutor(options.workers) as workers:
-        # What a GPU receipt says of these sources need not be found out again.
-        is_vouched = not receipt.problems(receipt.read(), receipt.digest())
-        unknown = dict.fromkeys(m.tests for m in chosen if not (m.needs_gpu and is_vouched))
-        unchanged = {tests: workers.submit(run_tests, tests) for tests in unknown}
+        # A machine on which they fail anyway would kill all mutants, whatever a receipt says.
+        tests = dict.fromkeys(mutant.tests for mutant in chosen)
+        unchanged = {name: workers.submit(run_tests, name) for name in tests}
         judged = [workers.submit(judge, mutant) for mutant in chosen]
         try:
             if broken := first_failure(unchanged):
@@ -136,6 +140,7 @@ def _report(chosen: list[Mutant], judged: list[concurrent.futures.Future[Result]
     }
     killed = list(verdicts.values()).count(Verdict.KILLED.value)
     print(f"{killed} of {len(chosen)} mutants killed")
-    log = {"mutants": verdicts, **receipt.stamp(device.name())}
+    texts = {mutant.fault: mutant.digest() for mutant in chosen if mutant.fault in verdicts}
+    log = {"mutants": verdicts, "texts": texts, **receipt.stamp("mutants", device.name())}
     print(json.dumps(log), flush=True)
     return killed

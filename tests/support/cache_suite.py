@@ -41,7 +41,7 @@ def slots(rng, case, num_tokens, num_blocks, skipped=0.2):
 def write(case, key, value, caches, slot_mapping, arrays, **changes):
     """The caches after the operator of `case.layout`, as NumPy arrays of their own dtype."""
     made = [arrays.array(ops.cache_bytes(cache)) for cache in caches]
-    given = {"k_scale": case.scales[0], "v_scale": case.scales[1], **changes}
+    given = {"k_scale": case.given_scales[0], "v_scale": case.given_scales[1], **changes}
     positional = [
         arrays.array(key),
         arrays.array(value),

@@ -40,7 +40,9 @@ def spread(count: int, seed: int, **axes):
     return [{name: column[i] for name, column in columns.items()} for i in range(count)]
 
 
-def attention(count: int, seed: int, lengths) -> list[Case]:
+def attention(
+    count: int, seed: int, lengths, head_sizes=HEAD_SIZES, block_sizes=BLOCK_SIZES
+) -> list[Case]:
     """`count` cases; `lengths(block_size)` gives the sequence lengths of each."""
     drawn = spread(
         count,
@@ -50,8 +52,8 @@ def attention(count: int, seed: int, lengths) -> list[Case]:
         layout=LAYOUTS,
         group=GROUPS,
         num_kv_heads=(1, 2, 3),
-        head_size=HEAD_SIZES,
-        block_size=BLOCK_SIZES,
+        head_size=head_sizes,
+        block_size=block_sizes,
         alibi=(False, True, False),
         strides=STRIDES,
         sparse=SPARSE,
@@ -59,7 +61,9 @@ def attention(count: int, seed: int, lengths) -> list[Case]:
     return [_legal(**axes, seq_lens=lengths(axes["block_size"])) for axes in drawn]
 
 
-def tensor_cores(count: int, seed: int, lengths, block_sizes) -> list[Case]:
+def tensor_cores(
+    count: int, seed: int, lengths, head_sizes=TENSOR_HEAD_SIZES, block_sizes=TENSOR_BLOCK_SIZES
+) -> list[Case]:
     """As `attention`, of cases that the kernel for tensor cores takes."""
     drawn = spread(
         count,
@@ -69,7 +73,7 @@ def tensor_cores(count: int, seed: int, lengths, block_sizes) -> list[Case]:
         layout=LAYOUTS,
         group=TENSOR_GROUPS,
         num_kv_heads=(1, 2, 3),
-        head_size=TENSOR_HEAD_SIZES,
+        head_size=head_sizes,
         block_size=block_sizes,
         alibi=(False, True, False),
         strides=("contiguous", "interleaved", "padded"),
@@ -112,8 +116,8 @@ def around_small_blocks(block_size: int) -> tuple[int, ...]:
 HOST = attention(128, 1, around_blocks)
 # Each is compiled for itself: few, but they meet every value of every axis.
 TENSOR_CORES = [
-    *tensor_cores(28, 7, around_partitions, TENSOR_BLOCK_SIZES),
-    *tensor_cores(8, 5, around_small_blocks, TENSOR_BLOCK_SIZES[:-1]),
+    *tensor_cores(28, 7, around_partitions),
+    *tensor_cores(8, 5, around_small_blocks, block_sizes=TENSOR_BLOCK_SIZES[:-1]),
 ]
 GPU = [
     *attention(40, 2, around_partitions),

@@ -1,5 +1,6 @@
 """What checked mode finds, with the arrays of any framework."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -25,15 +26,19 @@ def with_number(array, at, number):
     return changed
 
 
-def refused(kind, message):
-    return pytest.raises(kind, match=f"^{re.escape(message)}")
-
-
 class Mode:
     @pytest.fixture(autouse=True)
-    def mode(self):
+    def mode(self, tally):
+        self.tally = tally
         with cupy_paged.checked():
             yield
+
+    @contextlib.contextmanager
+    def refused(self, kind, message):
+        """Expects an error that begins with these words, and counts it."""
+        with pytest.raises(kind, match=f"^{re.escape(message)}"):
+            yield
+        self.tally("faults named in checked mode", 1)
 
 
 class CheckedReadsSuite(Mode):
@@ -54,7 +59,7 @@ class CheckedReadsSuite(Mode):
         capacity = given.block_tables.shape[1] * BLOCK_SIZE
         length = -1 if excess is None else capacity + excess
         message = f"seq_lens: sequence 2 has {length} tokens, needs 0 to {capacity}"
-        with refused(ValueError, message):
+        with self.refused(ValueError, message):
             self.attend(arrays, seq_lens=with_number(given.seq_lens, 2, length))
 
     @pytest.mark.parametrize("block", [-1, 10**6, 2**31 - 1])
@@ -62,7 +67,7 @@ class CheckedReadsSuite(Mode):
     def test_blocks(self, arrays, seq, position, block):
         tables = with_number(problem().block_tables, (seq, position), block)
         message = f"block_tables: sequence {seq} has block {block} at position {position}, needs 0"
-        with refused(IndexError, message):
+        with self.refused(IndexError, message):
             self.attend(arrays, block_tables=tables)
 
     def test_the_first_block_past_the_end(self, arrays):
@@ -70,7 +75,7 @@ class CheckedReadsSuite(Mode):
         end = given.key_cache.shape[0]
         tables = with_number(given.block_tables, (1, 3), end)
         message = f"block_tables: sequence 1 has block {end} at position 3, needs 0 to {end - 1}"
-        with refused(IndexError, message):
+        with self.refused(IndexError, message):
             self.attend(arrays, block_tables=tables)
 
     def test_what_is_not_live_may_be_anything(self, arrays):
@@ -81,7 +86,7 @@ class CheckedReadsSuite(Mode):
     def test_a_call_like_one_that_was_right_is_checked(self, arrays):
         with cupy_paged.checked(False):
             self.attend(arrays)  # prepares the calls that are like it
-        with refused(IndexError, "block_tables: sequence 1"):
+        with self.refused(IndexError, "block_tables: sequence 1"):
             self.attend(arrays, block_tables=with_number(problem().block_tables, (1, 0), 999))
 
 
@@ -102,16 +107,18 @@ class CheckedWritesSuite(Mode):
 
     def test_slots(self, arrays):
         end = NUM_BLOCKS * BLOCK_SIZE
-        with refused(IndexError, f"slot_mapping: token 2 has slot {end}, needs less than {end}"):
+        with self.refused(
+            IndexError, f"slot_mapping: token 2 has slot {end}, needs less than {end}"
+        ):
             self.write(arrays, [3, -1, end, end + 1])
-        with refused(ValueError, "slot_mapping: tokens 1 and 4 have one slot, 9"):
+        with self.refused(ValueError, "slot_mapping: tokens 1 and 4 have one slot, 9"):
             self.write(arrays, [3, 9, -1, -1, 9])
         assert np.count_nonzero(self.write(arrays, [3, 9, -1, -1])) == 2 * HEADS * HEAD_SIZE
 
     def test_slots_of_latents(self, arrays):
         latent, cache = np.ones((2, 32), np.float16), np.zeros((3, 16, 40), np.float16)
         given = [arrays.array(a) for a in (latent, latent[:, :8], cache, np.array([5, 48]))]
-        with refused(IndexError, "slot_mapping: token 1 has slot 48, needs less than 48"):
+        with self.refused(IndexError, "slot_mapping: token 1 has slot 48, needs less than 48"):
             cupy_paged.concat_and_cache_mla(*given, "auto", 1.0)
         assert not arrays.numpy(given[2]).any()
 
@@ -135,15 +142,15 @@ class CheckedWritesSuite(Mode):
         caches = [arrays.array(np.ones(SHAPE, np.float16)) for _ in range(2)]
         tables = arrays.array(np.array([[1, 2, 99], [99, 4, 77]], np.int32))
         ends, starts = (arrays.array(np.array(x, np.int32)) for x in (ends, starts))
-        with refused(kind, message):
+        with self.refused(kind, message):
             cupy_paged.gather_cache(*rows, *caches, tables, ends, starts, layout="NHD")
         assert not arrays.numpy(rows[0]).any()
 
     def test_copied_blocks(self, arrays):
         cache = arrays.array(np.arange(4, dtype=np.float32).reshape(4, 1))
-        with refused(IndexError, "block_mapping: destination block 4, needs less than 4"):
+        with self.refused(IndexError, "block_mapping: destination block 4, needs less than 4"):
             cupy_paged.copy_blocks([cache], [], arrays.array(np.array([[0, 4]])))
-        with refused(ValueError, "block_mapping: block 2 is the destination of two pairs"):
+        with self.refused(ValueError, "block_mapping: block 2 is the destination of two pairs"):
             cupy_paged.copy_blocks([cache], [], arrays.array(np.array([[0, 2], [1, 2]])))
         cupy_paged.copy_blocks([cache], [], arrays.array(np.array([[3, 0]])))
         assert arrays.numpy(cache)[:, 0].tolist() == [3, 1, 2, 3]

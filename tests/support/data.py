@@ -55,6 +55,11 @@ class Case:
     def scales(self) -> tuple[float, float]:
         return (0.75, 0.3125) if self.kv_cache_dtype in FP8 else (1.0, 1.0)
 
+    @property
+    def given_scales(self) -> tuple[float, float]:
+        """What operators are told: scales count for fp8 caches alone."""
+        return self.scales if self.kv_cache_dtype in FP8 else (0.6, 3.0)
+
     def __str__(self) -> str:
         features = [
             self.dtype,

@@ -10,7 +10,7 @@ from support import compare
 from support.data import DTYPES
 from support.oracle import BlockSparse
 
-SENTINEL = -1234.5
+SENTINEL = 60000.0
 POSITIONAL = (
     "query",
     "key_cache",
@@ -63,8 +63,8 @@ def arguments(problem, arrays, **changes):
         "scale": problem.scale,
         "layout": case.layout,
         "kv_cache_dtype": case.kv_cache_dtype,
-        "k_scale": case.scales[0],
-        "v_scale": case.scales[1],
+        "k_scale": case.given_scales[0],
+        "v_scale": case.given_scales[1],
         "alibi_slopes": None if slopes is None else arrays.array(slopes),
         "max_seq_len": problem.max_seq_len,
         **sparse_arguments(case.sparse),

@@ -8,6 +8,7 @@ file still vouches for the tree: same sources, nothing failed, no unexpected ski
 import datetime
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,18 @@ SUFFIXES = frozenset({".py", ".cu", ".cuh"})
 
 # Test id prefix -> why a skip there is expected.
 EXPECTED_SKIPS: dict[str, str] = {}
+
+OTHER_KERNELS = "CUPY_PAGED_EMULATE_SM", "CUPY_PAGED_TEST_DEFINE"
+"""Variables that have kernels compiled that users do not get."""
+
+BESIDE = {
+    "fuzz": (),
+    "mutants": ("tests/mutants/apply.py", "tests/mutants/runner.py"),
+    "sanitizer": ("tests/sanitize.py", "tests/share.py", "tests/planted_faults.py"),
+    "soak": ("tests/soak.py",),
+    "figures": ("tests",),
+}
+"""By the kind of a log: what its figures depend on beside what the receipt vouches for."""
 
 OUTCOMES = ("passed", "failed", "skipped")
 
@@ -55,14 +68,26 @@ def digest(root: Path = ROOT, names: Iterable[str] = VOUCHED_FOR) -> str:
     return sha.hexdigest()
 
 
-def stamp(device: str) -> dict[str, str]:
-    """What a log says beside its figures: when, on what and of which sources it was measured."""
+def has_other_kernels() -> list[str]:
+    """The variables of OTHER_KERNELS that are set."""
+    return [name for name in OTHER_KERNELS if os.environ.get(name)]
+
+
+def stamp(kind: str, device: str) -> dict[str, object]:
+    """What a log says beside its figures: when, on what and of which sources it was measured.
+
+    kind    one of BESIDE
+    """
+    from cupy_paged import info
+
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "date": now.date().isoformat(),
         "device": device,
+        "other_kernels": has_other_kernels(),
+        "versions": info.framework_versions(),
         "sources": digest(),
-        "tests": digest(names=["tests"]),
+        "tests": digest(names=BESIDE[kind]),
     }
 
 

@@ -80,7 +80,7 @@ class HostFigures:
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
-        self._stamp = receipt.stamp("CPU")
+        self._stamp = receipt.stamp("figures", "CPU")
         self._figures = Figures()
         self._result = "not written: the run was stopped"
 
@@ -91,7 +91,7 @@ class HostFigures:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return
-        now = receipt.stamp("CPU")
+        now = receipt.stamp("figures", "CPU")
         if any(now[name] != self._stamp[name] for name in ("sources", "tests")):
             self._result = "not written: the sources changed during the run"
             return
