@@ -324,7 +324,8 @@ def test_wrong_batches():
         cache.append(first, range(4))
     with pytest.raises(ValueError, match="another cache's"):
         cache.batch([new().add([1])])
-    old, batch = cache.batch([first]), cache.batch([second])
+    old = cache.batch([first])
+    cache.batch([second])
     with pytest.raises(ValueError, match="batch: is over; another one was taken since"):
         cache.write(0, ones(5), ones(5), old)
     other = new()
@@ -342,11 +343,20 @@ def test_wrong_batches():
                 with pytest.raises(TypeError, match=rf"^batch: got {kind}, needs what batch"):
                     call(at, wrong)
     assert first.num_pending == 5
-    with pytest.raises(ValueError, match="layer: got 1, needs at most 0"):
-        cache.attend(1, ones(1), batch)
     cache.free(first)
     with pytest.raises(ValueError, match="was freed"):
         cache.batch([first])
+
+
+@pytest.mark.parametrize(("num_layers", "needs"), [(1, "0"), (2, "0 to 1")])
+def test_a_layer_that_is_not_there_is_told_which_are(num_layers, needs):
+    cache = new(num_layers=num_layers)
+    batch = cache.batch([cache.add([1])])
+    for layer in (-1, num_layers):
+        with pytest.raises(ValueError, match=rf"^layer: got {layer}, needs {needs}$"):
+            cache.write(layer, ones(1), ones(1), batch)
+        with pytest.raises(ValueError, match=rf"^layer: got {layer}, needs {needs}$"):
+            cache.attend(layer, ones(1), batch)
 
 
 @pytest.mark.parametrize(
