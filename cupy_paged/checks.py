@@ -19,6 +19,7 @@ CACHE_OF_JAX = f"{CACHE_BESIDE_JAX}, or let cupy_paged.interop.jax_ops write it"
 """What to do instead of writing into memory of JAX's, for `is_writable`."""
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+_LARGEST_INTS = 2**31 - 1, 2**63 - 1
 _LEAST_SCALE = np.finfo(np.float32).tiny  # kernels take what is below for 0, and divide by it
 
 
@@ -125,9 +126,15 @@ def is_int(value: Any, name: str, at_least: int = -(2**31), at_most: int = 2**31
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {_spelled(value)}, needs an int")
     if not at_least <= value <= at_most:
-        bound = f"at least {at_least}" if value < at_least else f"at most {at_most}"
-        raise ValueError(f"{name}: got {value}, needs {bound}")
+        raise ValueError(f"{name}: got {value}, needs {_range(value, at_least, at_most)}")
     return int(value)
+
+
+def _range(value: numbers.Integral, at_least: int, at_most: int) -> str:
+    """The bounds, for a message; where the upper one is a C type's, only that which is crossed."""
+    if at_most in _LARGEST_INTS:
+        return f"at least {at_least}" if value < at_least else f"at most {at_most}"
+    return str(at_most) if at_least == at_most else f"{at_least} to {at_most}"
 
 
 def is_finite(value: Any, name: str) -> float:

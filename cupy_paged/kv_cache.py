@@ -151,6 +151,7 @@ class PagedKVCache:
         self._batch: Batch | None = None
         self._num_taken_back = 0  # by the pool, when the batch was taken
         self._layers_written: set[int] = set()
+        self._is_committed = False
         self._copies: dict[int, int] = {}  # destination -> source
         self._copied: set[int] = set()
         self._last: tuple[int, Any] | None = None  # stream of a batch or a write, and its owner
@@ -305,6 +306,7 @@ class PagedKVCache:
         longest = self._max_seq_len or int(host.seq_lens.max(initial=1))
         self._batch = self._buffers.fill(host, longest, stream)
         self._layers_written.clear()
+        self._is_committed = False
         self._num_taken_back = self.pool.num_taken_back
         return self._batch
 
@@ -315,8 +317,9 @@ class PagedKVCache:
         stream        CUDA stream to run on; by default the current one of key's framework
 
         After the last of the layers the batch counts as written, see `commit`. In a CUDA graph's
-        capture it does not: nothing has run then. A written batch may be written again, but for one
-        of which a sequence was freed, truncated or offloaded since: ValueError.
+        capture it does not: nothing has run then. A sequence may be freed, truncated or offloaded
+        before that: the others are written, and what goes into its slots is never found. A written
+        batch may be written again, but not once that has happened to a sequence of it: ValueError.
         """
         turn = self._turn
         lock = turn.lock
@@ -333,8 +336,7 @@ class PagedKVCache:
 
     def _write(self, layer: int, key: Any, value: Any, batch: Batch, stream: Any) -> None:
         self._check_batch(layer, batch)
-        is_written = len(self._layers_written) == self.num_layers
-        if is_written and self._num_taken_back != self.pool.num_taken_back:
+        if self._is_committed and self._num_taken_back != self.pool.num_taken_back:
             self._check_unchanged(batch)
         for name, rows in (("key", key), ("value", value)):
             _check_rows(name, rows, len(batch.slot_mapping), "tokens")
@@ -402,7 +404,9 @@ class PagedKVCache:
 
         Raises ValueError for a batch of another cache.
         """
-        if batch is not self._batch or batch is None:
+        if batch is self._batch and batch is not None:
+            self._is_committed = True
+        else:
             self._check_is_ours(batch)
         for sequence, end, version in batch.ends:
             if sequence.pool is self.pool and sequence.version == version:

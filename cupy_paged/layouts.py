@@ -93,11 +93,15 @@ def geometry(layout: str, key_cache: Array, value_cache: Array, dtype: str) -> C
         else _rows(layout, key_cache, value_cache)
     )
     if found.head_size % 8 or not 8 <= found.head_size <= MAX_HEAD_SIZE:
-        padded = min(-(-found.head_size // 8) * 8, MAX_HEAD_SIZE) or 8
+        padded = -(-found.head_size // 8) * 8
+        advice = (
+            f" (pad query, keys and values with zeros, here to {padded}, and give the scale of the "
+            "true head_size)"
+        )
         raise ValueError(
             f"{key_cache.name}: head_size {found.head_size} is not supported, needs a "
-            f"multiple of 8 from 8 to {MAX_HEAD_SIZE} (pad query, keys and values with zeros, "
-            f"here to {padded}, and give the scale of the true head_size)"
+            f"multiple of 8 from 8 to {MAX_HEAD_SIZE}"
+            + (advice if found.head_size < padded <= MAX_HEAD_SIZE else "")
         )
     if not 1 <= found.block_size <= MAX_BLOCK_SIZE:
         raise ValueError(

@@ -17,6 +17,8 @@ from cupy_paged.prefix_index import UNKNOWN, Entry, PrefixIndex
 class Sequence:
     """Handle of one sequence of a cache; only its cache changes it.
 
+    `len(sequence)` is the number of its tokens, pending ones included.
+
     tokens        ids of all tokens, UNKNOWN where they were not given
     blocks        int32, its blocks in order; none while it is offloaded
     host_blocks   int32, the host's blocks of its written tokens while it is offloaded, else None

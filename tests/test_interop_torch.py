@@ -12,6 +12,7 @@ import cupy_paged
 from cupy_paged import graph_breaks
 from cupy_paged.graph_breaks import REASON
 from support import frameworks
+from support.torch_derivatives_suite import TorchDerivativesSuite
 from support.torch_ops_suite import GraphBreaksSuite, TorchOpsSuite
 
 TORCH = frameworks.only("torch", frameworks.host())
@@ -22,7 +23,7 @@ def arrays(request):
     return request.param
 
 
-class TestTorchOps(TorchOpsSuite):
+class TestTorchOps(TorchOpsSuite, TorchDerivativesSuite):
     pass
 
 

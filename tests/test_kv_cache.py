@@ -29,12 +29,18 @@ class TestKVCache(KVCacheSuite):
 
 
 @pytest.mark.parametrize("end", [PagedKVCache.free, lambda c, s: c.truncate(s, 4)])
-def test_a_written_batch_cannot_change_what_others_find(end):
+@pytest.mark.parametrize("by_hand", [False, True], ids=["write", "commit"])
+def test_a_written_batch_cannot_change_what_others_find(end, by_hand, monkeypatch):
     cache = new()
     sequence = cache.add(range(6))
     batch = cache.batch([sequence])
-    for _ in range(2):
-        cache.write(0, ones(6), ones(6), batch)
+    with monkeypatch.context() as patch:
+        # As in the capture of a graph, after which the caller commits.
+        patch.setattr(cache, "_is_capturing", lambda stream: by_hand)
+        for _ in range(2):
+            cache.write(0, ones(6), ones(6), batch)
+    if by_hand:
+        cache.commit(batch)
     end(cache, sequence)
     with pytest.raises(ValueError, match=r"^batch: is written, and a sequence of it was freed"):
         cache.write(0, 7 * ones(6), 7 * ones(6), batch)
@@ -62,11 +68,13 @@ def test_batch_is_pending_until_it_is_written_in_every_layer():
 def test_what_was_taken_back_during_a_step_is_left_out():
     cache = new(num_blocks=12)
     kept, cut, freed = (cache.add(range(5)) for _ in range(3))
+    cache.write(0, ones(5), ones(5), cache.batch([kept]))
+    cache.append(kept, [5])
     batch = cache.batch([kept, cut, freed])
     cache.truncate(cut, 2)
     cache.append(cut, [7, 8, 9])
     cache.free(freed)
-    cache.write(0, ones(15), ones(15), batch)
+    cache.write(0, ones(11), ones(11), batch)
     assert (kept.num_pending, cut.num_pending) == (0, 5)
 
 
@@ -324,7 +332,8 @@ def test_wrong_batches():
         cache.append(first, range(4))
     with pytest.raises(ValueError, match="another cache's"):
         cache.batch([new().add([1])])
-    old, batch = cache.batch([first]), cache.batch([second])
+    old = cache.batch([first])
+    cache.batch([second])
     with pytest.raises(ValueError, match="batch: is over; another one was taken since"):
         cache.write(0, ones(5), ones(5), old)
     other = new()
@@ -342,11 +351,20 @@ def test_wrong_batches():
                 with pytest.raises(TypeError, match=rf"^batch: got {kind}, needs what batch"):
                     call(at, wrong)
     assert first.num_pending == 5
-    with pytest.raises(ValueError, match="layer: got 1, needs at most 0"):
-        cache.attend(1, ones(1), batch)
     cache.free(first)
     with pytest.raises(ValueError, match="was freed"):
         cache.batch([first])
+
+
+@pytest.mark.parametrize(("num_layers", "needs"), [(1, "0"), (2, "0 to 1")])
+def test_a_layer_that_is_not_there_is_told_which_are(num_layers, needs):
+    cache = new(num_layers=num_layers)
+    batch = cache.batch([cache.add([1])])
+    for layer in (-1, num_layers):
+        with pytest.raises(ValueError, match=rf"^layer: got {layer}, needs {needs}$"):
+            cache.write(layer, ones(1), ones(1), batch)
+        with pytest.raises(ValueError, match=rf"^layer: got {layer}, needs {needs}$"):
+            cache.attend(layer, ones(1), batch)
 
 
 @pytest.mark.parametrize(

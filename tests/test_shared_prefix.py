@@ -116,5 +116,9 @@ def test_command(tmp_path, seed, arguments, message):
         assert "[4] the 12" in done.stdout
         assert done.stdout.count("PagedKVCache: 2 layers") == 2
         assert "samples     4 of 4 the same" in done.stdout
-        names = [line.split()[0] for line in done.stdout.splitlines()[-6:]]
-        assert names == ["blocks", "memory", "prompt", "sampling", "samples", "backend"]
+        rows = [line.split() for line in done.stdout.splitlines()[-6:]]
+        names = [name for name, *_ in rows]
+        assert names == ["prompt", "blocks", "memory", "time", "samples", "backend"]
+        one, other, saved, *unit = rows[0][1:]
+        assert int(other) == 4 * int(one) == int(one) + int(saved)
+        assert unit == ["tokens", "computed", "(75%)"]

@@ -3,6 +3,7 @@
 import pytest
 
 from support import compare, frameworks
+from support.torch_derivatives_suite import TorchDerivativesSuite
 from support.torch_ops_suite import (
     EAGER_AND_COMPILED,
     GraphBreaksSuite,
@@ -22,7 +23,7 @@ def arrays(request):
     return request.param
 
 
-class TestTorchOps(TorchOpsSuite):
+class TestTorchOps(TorchOpsSuite, TorchDerivativesSuite):
     @EAGER_AND_COMPILED
     def test_the_current_stream_is_used(self, arrays, compiled):
         torch = arrays.torch

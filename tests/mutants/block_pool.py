@@ -257,6 +257,20 @@ MUTANTS = (
         KV_CACHE,
     ),
     Mutant(
+        "a batch that the caller has committed may change what others find",
+        "cupy_paged/kv_cache.py",
+        "        if batch is self._batch and batch is not None:\n            self._is_committed = True\n",
+        "        if batch is self._batch and batch is not None:\n            self._is_committed = len(self._layers_written) == self.num_layers\n",
+        KV_CACHE,
+    ),
+    Mutant(
+        "a new batch counts as written",
+        "cupy_paged/kv_cache.py",
+        "        self._is_committed = False\n        self._num_taken_back",
+        "        self._num_taken_back",
+        KV_CACHE,
+    ),
+    Mutant(
         "a thread attends while another one takes a batch",
         "cupy_paged/kv_cache.py",
         'if not lock.acquire(False) and not turn.outlasts_finalizers():\n            raise two_threads("attend")\n',

@@ -227,8 +227,12 @@ def bad_scales(name):
         yield f"{name} {wrong}", to(**{name: value}), error, rf"^{name}: .*{message}"
 
 
-def bad_ints(name, at_least=None, too_large=None):
-    """(what is wrong, change, error, message) for an argument that must be an int."""
+def bad_ints(name, at_least=None, too_large=None, at_most=None):
+    """(what is wrong, change, error, message) for an argument that must be an int.
+
+    at_most    where the argument has a largest value of its own, which errors then name
+    """
+    both = None if at_most is None else f"{at_least} to {at_most}$"
     message = f"^{name}: got ndarray, needs an int$"
     yield f"{name} is an array", to(**{name: np.ones((2, 4, 64))}), TypeError, message
     for value in (1.5, "2", True):
@@ -236,10 +240,10 @@ def bad_ints(name, at_least=None, too_large=None):
         yield f"{name} is {value!r}", to(**{name: value}), TypeError, message
     if at_least is not None:
         low = at_least - 1
-        message = rf"^{name}: .*{low}.*at least {at_least}"
+        message = rf"^{name}: got {low}, needs {both or f'at least {at_least}$'}"
         yield f"{name} is {low}", to(**{name: low}), ValueError, message
     if too_large is not None:
-        message = rf"^{name}: .*{too_large}.*at most"
+        message = rf"^{name}: got {too_large}, needs {both or 'at most'}"
         yield f"{name} is {too_large}", to(**{name: too_large}), ValueError, message
 
 
