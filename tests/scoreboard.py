@@ -9,6 +9,7 @@ on the host have counted. Nothing here is typed in: `record` keeps a log in docs
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -264,7 +265,9 @@ def record(logs: list[Path]) -> None:
         is_known = known.get("sources") == sources and known["commit"]
         commit = known["commit"] if is_known else commit_of(sources)
         kept["receipt"] = {"sources": sources, "commit": commit}
-    RECORDS.write_text(json.dumps(kept, indent=1) + "\n")
+    text = json.dumps(kept, indent=1)
+    text = re.sub(r"\[[\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # in a line
+    RECORDS.write_text(text + "\n")
 
 
 def commit_of(sources: str) -> str | None:
