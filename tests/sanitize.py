@@ -24,6 +24,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import share as share_of_tests
 from support import device, receipt
 

@@ -115,16 +115,17 @@ def check_awaited(late, right, wrap, address, problem, inputs):
     late    CuPy's view of the array that `wrap()` gives to the op
     """
     expected = CUPY.numpy(attend(problem, inputs))
-    foreign = cupy.cuda.ExternalStream(address)
+    foreign, stream = cupy.cuda.ExternalStream(address), cupy.cuda.Stream(non_blocking=True)
     with foreign:
         late[...] = right
-    attend(problem, {**inputs, "key_cache": wrap()})  # compiles, and makes events
+    with stream:  # compiles, makes events, and has memory for this stream
+        attend(problem, {**inputs, "key_cache": wrap()})
     late.fill(np.nan)
     cupy.cuda.Device().synchronize()
-    delay(address, 50)
+    delay(address)
     with foreign:
         late[...] = right
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    with stream:
         out = attend(problem, {**inputs, "key_cache": wrap()})
     assert is_busy(address), "the call waited for the device"
     stream.synchronize()

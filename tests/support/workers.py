@@ -15,7 +15,7 @@ spin = cupy.RawKernel(
 CYCLES_PER_MS = 1_600_000
 
 
-def delay(address, milliseconds=50):
+def delay(address, milliseconds=100):
     """Keeps a stream busy for about so long: by default, while a test queues all that it queues."""
     with cupy.cuda.ExternalStream(address):
         spin((1,), (1,), (np.int64(milliseconds * CYCLES_PER_MS),))
