@@ -240,7 +240,7 @@ def records() -> dict[str, Any]:
 
 
 def record(logs: list[Path]) -> None:
-    """Keeps the last line of each log, under its kind, and the commit of the receipt.
+    """Keeps the last line of each log, under its kind, and commits of the receipt and the accuracy.
 
     Raises ValueError for a log of no kind, of sources that it does not name, or of kernels that
     users do not get.
@@ -261,13 +261,28 @@ def record(logs: list[Path]) -> None:
         stamp = {"commit": commit, **{key: run[key] for key in sorted(STAMP)}}
         KEEP[kind](kept, run, stamp)
     if last := receipt.read():
-        sources, known = last["sha256"], kept.get("receipt", {})
-        is_known = known.get("sources") == sources and known["commit"]
-        commit = known["commit"] if is_known else commit_of(sources)
-        kept["receipt"] = {"sources": sources, "commit": commit}
+        _keep_commit(kept, "receipt", last["sha256"], last["sha256"])
+    if ACCURACY.exists():
+        measured = _digests(json.loads(ACCURACY.read_text())["environment"])
+        if measured == _digests():
+            _keep_commit(kept, "accuracy", measured, receipt.digest())
     text = json.dumps(kept, indent=1)
     text = re.sub(r"\[[\d,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)  # in a line
     RECORDS.write_text(text + "\n")
+
+
+def _keep_commit(kept: dict[str, Any], kind: str, of: Any, sources: str) -> None:
+    """Notes the commit of what has these digests, unless it was noted before."""
+    known = kept.get(kind, {})
+    is_known = known.get("sources") == of and known["commit"]
+    kept[kind] = {"sources": of, "commit": known["commit"] if is_known else commit_of(sources)}
+
+
+def _digests(measured: Figures | None = None) -> list[str | None]:
+    """Of the kernels and of the package, which accuracy depends on; by default, of this tree."""
+    if measured is None:
+        return [compiler.sources_digest(), environment.package_digest()]
+    return [measured["kernels_sha256"], measured.get("package_sha256")]
 
 
 def commit_of(sources: str) -> str | None:
@@ -404,15 +419,17 @@ def _of_receipt(last: Figures, kept: Figures) -> dict[str, Any]:
     }
 
 
-def _of_accuracy() -> dict[str, Any]:
+def _of_accuracy(kept: Figures) -> dict[str, Any]:
     """The accuracy is of the kernels and the package: tests have no part in it."""
     document = json.loads(ACCURACY.read_text())
     measured = document["environment"]
-    digests = measured["kernels_sha256"], measured.get("package_sha256")
-    is_current = digests == (compiler.sources_digest(), environment.package_digest())
+    digests, known = _digests(measured), kept.get("accuracy", {})
+    is_current = digests == _digests()
     commit = measured["commit"] and measured["commit"][:10]
     if measured["changed_since_commit"]:
         commit = f"{commit} and changes"
+    if known.get("sources") == digests:
+        commit = known["commit"] or commit
     return {
         "date": measured["date"][:10],
         "device": measured["device"] or "CPU",
@@ -425,9 +442,9 @@ def _of_accuracy() -> dict[str, Any]:
 def scores() -> Iterator[Score | Row]:
     """A score for each row that was measured; the row itself where it was not."""
     kept, last, sources = records(), receipt.read(), receipt.digest()
-    runs = {kind: [kept[kind]] for kind in kept if kind != "host"}
+    runs = {kind: [kept[kind]] for kind in kept.keys() - {"receipt", "accuracy", "host"}}
     runs["tests"] = [*([_of_receipt(last, kept)] if last else ()), *kept.get("host", ())]
-    runs["accuracy"] = [_of_accuracy()] if ACCURACY.exists() else []
+    runs["accuracy"] = [_of_accuracy(kept)] if ACCURACY.exists() else []
     for row in ROWS:
         said = ((words, run) for run in runs.get(row.kind, ()) if (words := _words(row, run)))
         if (first := next(said, None)) is None:

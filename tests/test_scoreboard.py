@@ -247,7 +247,12 @@ def test_accuracy_is_of_these_kernels_and_this_package_or_says_so(desk, other):
     document = {"environment": environment, "rows": rows}
     scoreboard.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against")[2:6] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
-    environment[other] = "others"
+    environment["changed_since_commit"] = True
+    scoreboard.ACCURACY.write_text(json.dumps(document))
+    assert desk.score("Error against").commit == "c0ffeec0ff and changes"
+    desk.record()
+    assert desk.score("Error against").commit == "c0ffee", "which has what was measured"
+    environment[other], environment["changed_since_commit"] = "others", False
     scoreboard.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against").commit == "measured at c0ffeec0ff"
 
