@@ -20,9 +20,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as pytest finds what tests import
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import scoreboard
 from hazards import SECTIONS, Hazard
 from mutants.catalogue import MUTANTS
+from scoreboard import records, table
+from scoreboard.rows import FAULTS
 from support import receipt
 
 PAGE = receipt.ROOT / "docs" / "RELIABILITY.md"
@@ -36,7 +37,7 @@ def page() -> str:
 
 def _results() -> list[str]:
     last = receipt.read()
-    commit = scoreboard.records().get("receipt", {}).get("commit")
+    commit = records.read().get("receipt", {}).get("commit")
     of_commit = f", of commit {commit}" if commit else ""
     return [
         "# Reliability",
@@ -55,18 +56,17 @@ def _results() -> list[str]:
             else "The tests that need a GPU have not been run on one yet."
         ),
         *_paragraph(
-            f"""Figures are of one set of sources (kernels, package, and what tests on a GPU use;
-            SHA-256 {receipt.digest()[:10]}), whichever commit they name, unless they were "measured
-            at" it: then it had others. A figure that does not come to its target is marked as NOT
-            MET, and tests fail. What a command has counted, it counts again. What tests have
-            counted is in the [receipt](../tests/gpu_receipt.json), where the device is a GPU; what
-            those that need none have counted on a CPU, `CUPY_PAGED_FIGURES=FILE pytest` writes to a
-            file, in an environment that has torch and JAX. A specialisation is what a kernel is
-            compiled for: dtypes, layout, head size, block size, query heads per KV head,
-            features."""
+            f"""Figures are of the present sources (kernels, package, and what tests on a GPU use;
+            SHA-256 {receipt.digest()[:10]}), whichever commit they name: "measured at" marks those
+            of others. One that does not come to its target is marked as NOT MET, and tests fail.
+            What a command has counted, it counts again. What tests have counted is in the
+            [receipt](../tests/gpu_receipt.json), where the device is a GPU; what those that need
+            none have counted on a CPU, `CUPY_PAGED_FIGURES=FILE pytest` writes to a file, in an
+            environment that has torch and JAX. A specialisation is what a kernel is compiled for:
+            dtypes, layout, head size, block size, query heads per KV head, features."""
         ),
         "",
-        *scoreboard.table(),
+        *table.lines(),
         *_paragraph(
             """Each run of compute-sanitizer has to find a fault that was planted for the tool,
             before it is believed to find nothing. Racecheck watches a build of its own, which
@@ -83,12 +83,12 @@ def _results() -> list[str]:
 def _summary(last: Mapping[str, Any]) -> str:
     """`receipt.summary`, with devices of one kind named once."""
     devices = Counter(last["devices"])
-    named = [f"{count} x {device}" if count > 1 else device for device, count in devices.items()]
+    named = [f"{count}x {device}" if count > 1 else device for device, count in devices.items()]
     return receipt.summary(last).replace(", ".join(last["devices"]), " and ".join(named))
 
 
 def _hazards() -> list[str]:
-    on_gpu = len(scoreboard.FAULTS["gpu"])
+    on_gpu = len(FAULTS["gpu"])
     of_kernels = sum(mutant.file.startswith("kernels/") for mutant in MUTANTS)
     return _paragraph(
         f"""Below are the hazards. Tests in `gpu/` need a CUDA device, and gpu/test_devices.py two;
@@ -111,16 +111,23 @@ def _section(name: str) -> list[str]:
 
 
 def _row(hazard: Hazard) -> str:
-    return f"| {hazard.name} | {', '.join(map(scoreboard.link, hazard.tests))} | {hazard.open} |"
+    return f"| {hazard.name} | {', '.join(map(table.link, hazard.tests))} | {hazard.open} |"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG")
-    scoreboard.record(parser.parse_args(argv).logs)
+    try:
+        records.record(parser.parse_args(argv).logs)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     PAGE.write_text(page(), encoding="utf-8")
-    print("\n".join(scoreboard.table()))
-    return int(bool(scoreboard.unmet()))
+    print("\n".join(table.lines()))
+    if missed := table.unmet():
+        print("\n".join(["", "Not met, or not measured:", "", *(f"- {what}" for what in missed)]))
+    return int(bool(missed))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import pytest
 
 import reliability
-import scoreboard
 from hazards import SECTIONS
+from scoreboard import rows, table
 from support.receipt import ROOT
 
 HAZARDS = [hazard for section in SECTIONS.values() for hazard in section]
@@ -22,7 +22,7 @@ def check_that_it_is_there(test):
     assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test
 
 
-@pytest.mark.parametrize("row", scoreboard.ROWS, ids=lambda row: row.what)
+@pytest.mark.parametrize("row", rows.ROWS, ids=lambda row: row.what)
 def test_a_figure_says_what_counts_it(row):
     assert isinstance(row.how, tuple) == (row.kind == "tests")
     for test in row.how if row.kind == "tests" else ():
@@ -30,7 +30,7 @@ def test_a_figure_says_what_counts_it(row):
 
 
 def test_every_target_is_met():
-    assert scoreboard.unmet() == []
+    assert table.unmet() == []
 
 
 def test_no_two_hazards_are_alike():

@@ -1,6 +1,7 @@
 """The scoreboard has what was measured, with where it was; and what is put on record is checked."""
 
 import json
+import math
 import re
 import subprocess
 
@@ -8,10 +9,11 @@ import pytest
 
 import reliability
 import sanitize
-import scoreboard
+from benchmarks import accuracy
 from benchmarks.environment import package_digest
 from cupy_paged import compiler
 from mutants.catalogue import MUTANTS
+from scoreboard import records, rows, table
 from support import receipt
 
 SOURCES, OTHERS = "5" * 64, "0" * 64
@@ -22,6 +24,7 @@ SOAK = {
     },
     "failures": [],
 }  # fmt: skip
+LONG = {"soak": {"steps": 10**6, "compared": 10**4 + 304}, "failures": []}
 CLEAN = {"findings": 0, "tests": 12}
 
 
@@ -36,14 +39,14 @@ def fuzz(*seeds, where="gpu", **changes):
 def judged(*faults, verdict="killed"):
     return {
         "mutants": dict.fromkeys(faults, verdict),
-        "texts": {fault: scoreboard.TEXTS[fault] for fault in faults},
+        "texts": {fault: rows.TEXTS[fault] for fault in faults},
     }
 
 
 def drawn(cases, seeds, specialisations, cupy, jax, failures):
     return (
-        f"NOT MET: {cases} from {seeds}, of {specialisations} specialisations; attention with 2 of "
-        f"64 head sizes and 3 of 256 block sizes; cupy {cupy}, jax {jax}; {failures}"
+        f"NOT MET: {cases} from {seeds}, of {specialisations} specialisations drawn; attention "
+        f"with 2 of 64 head sizes and 3 of 256 block sizes; cupy {cupy}, jax {jax}; {failures}"
     )
 
 
@@ -61,9 +64,9 @@ class Desk:
     def __init__(self, folder, monkeypatch):
         self.folder, self.receipt = folder, of_receipt()
         self.commits = {SOURCES: "c0ffee"}
-        monkeypatch.setattr(scoreboard, "RECORDS", folder / "records.json")
-        monkeypatch.setattr(scoreboard, "ACCURACY", folder / "accuracy.json")
-        monkeypatch.setattr(scoreboard, "commit_of", self.commits.get)
+        monkeypatch.setattr(records, "RECORDS", folder / "records.json")
+        monkeypatch.setattr(records, "ACCURACY", folder / "accuracy.json")
+        monkeypatch.setattr(records, "commit_of", self.commits.get)
         monkeypatch.setattr(receipt, "digest", lambda *_, **__: SOURCES)
         monkeypatch.setattr(receipt, "read", lambda: self.receipt)
 
@@ -72,12 +75,12 @@ class Desk:
         for i, run in enumerate(runs):
             logs.append(self.folder / f"{i}.log")
             logs[-1].write_text(f"what it says on the way\n{json.dumps(run)}\n")
-        scoreboard.record(logs)
+        records.record(logs)
 
     def score(self, words):
         """The one score of which the name has these words. None if it was not measured."""
-        (found,) = [score for score in scoreboard.scores() if words in score.what]
-        return found if isinstance(found, scoreboard.Score) else None
+        (found,) = [score for score in table.scores() if words in score.what]
+        return found if isinstance(found, table.Score) else None
 
 
 @pytest.fixture
@@ -121,12 +124,12 @@ def test_failed_tests_are_not_passed_over(desk):
 
 
 def test_what_was_not_measured_is_listed(desk):
-    measured = [line for line in scoreboard.table() if line.startswith("| Needles")]
-    missing = [line for line in scoreboard.table() if line.startswith("- ")]
-    assert len(measured) == 1 and len(missing) == len(scoreboard.ROWS) - 1
+    measured = [line for line in table.lines() if line.startswith("| Needles")]
+    missing = [line for line in table.lines() if line.startswith("- ")]
+    assert len(measured) == 1 and len(missing) == len(rows.ROWS) - 1
     assert not any("Needles" in line for line in missing)
     desk.receipt = None
-    assert not any(line.startswith("| Needles") for line in scoreboard.table())
+    assert not any(line.startswith("| Needles") for line in table.lines())
 
 
 def test_a_run_of_other_sources_says_so(desk):
@@ -166,7 +169,7 @@ def test_seeds_of_the_same_sources_add_up(desk):
 
 @pytest.mark.parametrize("changes", [{"sources": OTHERS}, {"tests": OTHERS}, {"device": "another"}])
 def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
-    one, two = (judged(fault) for fault in sorted(scoreboard.FAULTS["gpu"])[:2])
+    one, two = (judged(fault) for fault in sorted(rows.FAULTS["gpu"])[:2])
     tools = ({"sanitizer": {tool: CLEAN}} for tool in ("memcheck", "racecheck"))
     desk.record(run_of(fuzz(0)), run_of(one), run_of(next(tools)))
     desk.record(
@@ -176,7 +179,7 @@ def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
     )
     expected = drawn(100, "seed 1", 9, 60, 40, "0 failures")
     assert desk.score("together, on a GPU").found == expected
-    number = len(scoreboard.FAULTS["gpu"])
+    number = len(rows.FAULTS["gpu"])
     assert desk.score("on a GPU notice").found.startswith(f"NOT MET: 1 of {number}, ")
     assert desk.score("-sanitizer").found == (
         "NOT MET: memcheck: not run, initcheck: not run, racecheck: 0 in 12 tests, "
@@ -185,7 +188,7 @@ def test_runs_of_other_sources_or_devices_do_not_add_up(desk, changes):
 
 
 def test_mutants_and_tools_may_be_run_in_parts(desk):
-    first, second, *rest, last = faults = sorted(scoreboard.FAULTS["host"])
+    first, second, *rest, last = faults = sorted(rows.FAULTS["host"])
     run = judged(first, second)
     run["mutants"]["of an older catalogue"] = run["texts"]["of an older catalogue"] = "killed"
     run["texts"][second] = "of an older catalogue"
@@ -204,7 +207,7 @@ def test_mutants_and_tools_may_be_run_in_parts(desk):
 
 
 def test_mutants_of_kernels_and_of_the_host_may_be_run_on_two_machines(desk):
-    host, gpu = (judged(*scoreboard.FAULTS[where]) for where in ("host", "gpu"))
+    host, gpu = (judged(*rows.FAULTS[where]) for where in ("host", "gpu"))
     assert {*host["mutants"], *gpu["mutants"]} == {mutant.fault for mutant in MUTANTS}
     desk.record(run_of(host, device="CPU"), run_of(gpu, device="H"))
     for words, device, run in ("on the host notice", "CPU", host), ("on a GPU notice", "H", gpu):
@@ -218,10 +221,23 @@ def test_a_run_of_other_tools_has_no_commit(desk, monkeypatch):
     digests = {receipt.VOUCHED_FOR: SOURCES, of_the_soak: OTHERS}
     monkeypatch.setattr(receipt, "digest", lambda names=receipt.VOUCHED_FOR: digests[names])
     desk.record(run_of(SOAK))
-    assert desk.score("Decode steps").commit == f"sources {SOURCES[:10]}"
+    assert desk.score("Decode steps").commit == f"measured at sources {SOURCES[:10]}"
     digests[of_the_soak] = SOURCES
     desk.record(run_of(SOAK))
     assert desk.score("Decode steps").commit == "c0ffee"
+    digests[of_the_soak] = OTHERS
+    assert desk.score("Decode steps").commit == "measured at c0ffee"
+
+
+def test_mutants_whose_tests_were_edited_since_are_counted(desk, monkeypatch):
+    faults = rows.FAULTS["host"]
+    desk.record(run_of(judged(*faults)))
+    edited = rows.TESTS[min(faults)]
+    number = sum(rows.TESTS[fault] == edited for fault in faults)
+    monkeypatch.setattr(receipt, "digest", lambda names=(): OTHERS if edited in names else SOURCES)
+    assert desk.score("on the host notice").found == (
+        f"{len(faults)} of {len(faults)}, {number} by tests in a file that was edited since"
+    )
 
 
 def test_figures_of_the_host_stay_until_they_are_counted_again(desk):
@@ -232,8 +248,35 @@ def test_figures_of_the_host_stay_until_they_are_counted_again(desk):
     assert desk.score("block pool").found == "NOT MET: 11"
     assert desk.score("block pool").commit == "c0ffee"
     desk.record(figures(wrong_calls=701))
-    assert len(scoreboard.records()["host"]) == 2
+    assert len(records.read()["host"]) == 2
     assert desk.score("Needles").device == "H", "the receipt comes first"
+
+
+def ratios(worst=1.5):
+    """Rows of all that accuracy is measured of; one of the first kind is the worst."""
+    each = [1.5, *[1.0] * (len(accuracy.LENGTHS) * len(accuracy.LOGITS) - 1)]
+    found = [(kind.name, ratio) for kind in accuracy.KINDS for ratio in each]
+    found[1] = found[1][0], worst
+    return [{"kind": kind, "error": 2.0 * ratio, "reference_error": 2.0} for kind, ratio in found]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (ratios(worst=2.01), "NOT MET: float16: 2.01; bfloat16: 1.50"),
+        (ratios(worst=math.nan), "NOT MET: float16: nan; bfloat16: 1.50"),
+        (ratios()[1:], "NOT MET: float16: 1.50; bfloat16: 1.50"),
+        (ratios(worst=2.0), "float16: 2.00; bfloat16: 1.50"),
+    ],
+    ids=["too large", "NaN", "not all were measured", "right"],
+)
+def test_accuracy_is_of_everything_and_a_number(desk, found, words):
+    environment = {
+        "date": "2026-01-03T00:00:00+00:00", "device": "H", "commit": "c0ffee" * 6,
+        "changed_since_commit": False, "kernels_sha256": "kernels",
+    }  # fmt: skip
+    records.ACCURACY.write_text(json.dumps({"environment": environment, "rows": found}))
+    assert desk.score("Error against").found.startswith(words)
 
 
 @pytest.mark.parametrize("other", ["kernels_sha256", "package_sha256"])
@@ -243,17 +286,18 @@ def test_accuracy_is_of_these_kernels_and_this_package_or_says_so(desk, other):
         "changed_since_commit": False, "kernels_sha256": compiler.sources_digest(),
         "package_sha256": package_digest(),
     }  # fmt: skip
-    rows = [{"kind": "fp8", "error": error, "reference_error": 2.0} for error in (1.0, 3.0)]
-    document = {"environment": environment, "rows": rows}
-    scoreboard.ACCURACY.write_text(json.dumps(document))
-    assert desk.score("Error against")[2:6] == ("fp8: 1.50", "2026-01-03", "c0ffeec0ff", "H")
+    document = {"environment": environment, "rows": ratios()}
+    records.ACCURACY.write_text(json.dumps(document))
+    score = desk.score("Error against")
+    assert score.found.startswith("float16: 1.50; bfloat16: 1.50; ")
+    assert score[3:6] == ("2026-01-03", "c0ffeec0ff", "H")
     environment["changed_since_commit"] = True
-    scoreboard.ACCURACY.write_text(json.dumps(document))
+    records.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against").commit == "c0ffeec0ff and changes"
     desk.record()
     assert desk.score("Error against").commit == "c0ffee", "which has what was measured"
     environment[other], environment["changed_since_commit"] = "others", False
-    scoreboard.ACCURACY.write_text(json.dumps(document))
+    records.ACCURACY.write_text(json.dumps(document))
     assert desk.score("Error against").commit == "measured at c0ffeec0ff"
 
 
@@ -271,7 +315,7 @@ def test_every_name_that_a_test_counts_by_is_read_by_a_row():
             return self.setdefault(name, 1)
 
     reader = Reader()
-    for row in scoreboard.ROWS:
+    for row in rows.ROWS:
         if row.kind == "tests":
             row.found(reader)
             row.is_met(reader)
@@ -292,14 +336,15 @@ def test_every_name_that_a_test_counts_by_is_read_by_a_row():
         ("3\n", "does not end with a figure"),
         ('{"speed": 1}\n', "does not end with a figure"),
         ('{"soak": {}, "failures": [], "device": "H"}\n', "does not say which sources"),
+        (json.dumps(run_of(fuzz(0), not_run=2)), "2 cases did not run"),
         (json.dumps(run_of(SOAK, other_kernels=["X", "Y"])), "X and Y had other kernels compiled"),
     ],
 )
 def test_a_log_without_a_figure_is_refused(desk, text, words):
     (desk.folder / "log").write_text(text)
     with pytest.raises(ValueError, match=words):
-        scoreboard.record([desk.folder / "log"])
-    assert scoreboard.records() == {}
+        records.record([desk.folder / "log"])
+    assert records.read() == {}
 
 
 def test_the_commit_is_known_for_the_sources_of_the_tree_alone(tmp_path, monkeypatch):
@@ -322,13 +367,13 @@ def test_the_commit_is_known_for_the_sources_of_the_tree_alone(tmp_path, monkeyp
     monkeypatch.setattr(receipt, "ROOT", tmp_path)
     monkeypatch.setattr(receipt, "digest", lambda: SOURCES)
     head = git("rev-parse", "--short=10", "HEAD")
-    assert scoreboard.commit_of(OTHERS) is None
-    assert scoreboard.commit_of(SOURCES) == head
+    assert records.commit_of(OTHERS) is None
+    assert records.commit_of(SOURCES) == head
     write(receipt.RECEIPT.as_posix(), "2")
-    assert scoreboard.commit_of(SOURCES) == head
+    assert records.commit_of(SOURCES) == head
     for name in files[:3]:
         write(name, "2")
-        assert scoreboard.commit_of(SOURCES) == f"{head} and changes", name
+        assert records.commit_of(SOURCES) == f"{head} and changes", name
         git("checkout", name)
 
 
@@ -339,6 +384,14 @@ def test_the_command_prints_the_table_and_writes_the_page(desk, monkeypatch, cap
     assert reliability.main([str(desk.folder / "log")]) == 1, "targets are not met"
     assert "5,000 steps" in capsys.readouterr().out
     assert "5,000 steps" in reliability.PAGE.read_text()
+
+
+def test_a_log_that_is_none_is_an_error_of_the_command_line(desk, monkeypatch, capsys):
+    monkeypatch.setattr(reliability, "PAGE", desk.folder / "page.md")
+    with pytest.raises(SystemExit, match="2"):
+        reliability.main([str(desk.folder / "no such log")])
+    assert "no such log" in capsys.readouterr().err
+    assert not reliability.PAGE.exists()
 
 
 @pytest.mark.parametrize(
@@ -366,12 +419,10 @@ def test_random_calls_are_enough_only_if_they_are_of_everything(desk, missed):
 @pytest.mark.parametrize(
     ("row", "good", "bad"),
     [
-        ("Decode", {"soak": {"steps": 10**6}, "failures": []}, SOAK),
-        (
-            "Decode",
-            {"soak": {"steps": 10**6}, "failures": []},
-            {"soak": {"steps": 10**6}, "failures": ["it grew"]},
-        ),
+        ("Decode", LONG, SOAK),
+        ("Decode", LONG, LONG | {"failures": ["it grew"]}),
+        ("Decode", LONG, LONG | {"device": "CPU"}),
+        ("Decode", LONG, LONG | {"soak": {"steps": 10**6, "compared": 0}}),
         (
             "-sanitizer",
             {"sanitizer": dict.fromkeys(sanitize.TOOLS, CLEAN)},
@@ -387,10 +438,10 @@ def test_random_calls_are_enough_only_if_they_are_of_everything(desk, missed):
     ],
 )
 def test_a_target_is_met_or_not(desk, row, good, bad):
-    desk.record(run_of(good) if "figures" not in good else good)
-    (met,) = [score for score in scoreboard.scores() if row in score.what]
+    desk.record(run_of({}) | good)
+    (met,) = [score for score in table.scores() if row in score.what]
     assert met.is_met and "NOT MET" not in met.found
-    desk.record(run_of(bad) if "figures" not in bad else bad)
-    (missed,) = [score for score in scoreboard.scores() if row in score.what]
+    desk.record(run_of({}) | bad)
+    (missed,) = [score for score in table.scores() if row in score.what]
     assert not missed.is_met and missed.found.startswith("NOT MET: ")
-    assert missed.what in scoreboard.unmet()
+    assert missed.what in table.unmet()

@@ -10,7 +10,7 @@ from cupy_paged import gpu
 from cupy_paged.arrays import array
 from cupy_paged.attention_kernels import HeadProblem, attention_plan
 from cupy_paged.layouts import geometry
-from scoreboard import NUM_STORAGES
+from scoreboard.rows import NUM_STORAGES
 from support import cases, compare, data, frameworks, oracle
 from support.data import Case, build, needles
 
