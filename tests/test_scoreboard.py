@@ -39,7 +39,7 @@ def fuzz(*seeds, where="gpu", **changes):
 def judged(*faults, verdict="killed"):
     return {
         "mutants": dict.fromkeys(faults, verdict),
-        "texts": {fault: rows.TEXTS[fault] for fault in faults},
+        "texts": {fault: rows.BY_FAULT[fault].digest() for fault in faults},
     }
 
 
@@ -232,8 +232,9 @@ def test_a_run_of_other_tools_has_no_commit(desk, monkeypatch):
 def test_mutants_whose_tests_were_edited_since_are_counted(desk, monkeypatch):
     faults = rows.FAULTS["host"]
     desk.record(run_of(judged(*faults)))
-    edited = rows.TESTS[min(faults)]
-    number = sum(rows.TESTS[fault] == edited for fault in faults)
+    files = [rows.BY_FAULT[fault].tests.partition("::")[0] for fault in sorted(faults)]
+    edited = files[0]
+    number = files.count(edited)
     monkeypatch.setattr(receipt, "digest", lambda names=(): OTHERS if edited in names else SOURCES)
     assert desk.score("on the host notice").found == (
         f"{len(faults)} of {len(faults)}, {number} by tests in a file that was edited since"

@@ -24,9 +24,7 @@ FAULTS = {
     "host": frozenset(mutant.fault for mutant in MUTANTS if not mutant.needs_gpu),
 }
 """What is put in on purpose, by where the tests run that should notice."""
-TEXTS = {mutant.fault: mutant.digest() for mutant in MUTANTS}
-TESTS = {mutant.fault: mutant.tests.partition("::")[0] for mutant in MUTANTS}
-"""The files of the tests that should notice."""
+BY_FAULT = {mutant.fault: mutant for mutant in MUTANTS}
 
 Figures = Mapping[str, Any]
 
@@ -122,14 +120,14 @@ def _is_accurate(run: Figures) -> bool:
 
 def digest_of_tests(fault: str) -> str:
     """Of the file of the tests that should notice a fault."""
-    return receipt.digest(names=[TESTS[fault]])
+    return receipt.digest(names=[BY_FAULT[fault].tests.partition("::")[0]])
 
 
 def _verdicts(run: Figures, faults: frozenset[str]) -> dict[str, str | None]:
     """By fault; None for one that was not judged, or not as it is now."""
     found = {fault: run["mutants"].get(fault) for fault in sorted(faults)}
     return {
-        fault: one["verdict"] if one and one["text"] == TEXTS[fault] else None
+        fault: one["verdict"] if one and one["text"] == BY_FAULT[fault].digest() else None
         for fault, one in found.items()
     }
 
